@@ -1,0 +1,1 @@
+"""One file a method, to be read beside its paper."""
