@@ -1,0 +1,302 @@
+// Arrays between Python and C++: NumPy through py::array, everything else by DLPack (both generations), nothing copied.
+// Results go back in the caller's library, on the caller's device. Included by bindings*.cpp alone.
+#pragma once
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <initializer_list>
+#include <memory>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "common/check.hpp"
+#include "common/cuda.hpp"
+#include "common/dlpack.hpp"
+#include "common/tensor.hpp"
+
+namespace urlfast {
+namespace py = pybind11;
+
+enum class Library { numpy, torch, cupy, jax, other };
+
+// A library's module if the caller has imported it, else none: nothing is ever imported here.
+inline py::object imported(const char* name) {
+  PyObject* modules = PyImport_GetModuleDict();  // borrowed
+  PyObject* module = PyDict_GetItemString(modules, name);
+  return module ? py::reinterpret_borrow<py::object>(module) : py::none();
+}
+
+inline Library library_of(py::handle object) {
+  if (py::isinstance<py::array>(object)) return Library::numpy;
+  const auto module = py::str(py::type::handle_of(object).attr("__module__")).cast<std::string>();
+  const std::string root = module.substr(0, module.find('.'));
+  if (root == "torch") return Library::torch;
+  if (root == "cupy") return Library::cupy;
+  if (root == "jax" || root == "jaxlib") return Library::jax;
+  return Library::other;
+}
+
+// The stream that the caller's library would launch on now. 0 is the legacy default stream.
+inline CUstream_st* current_stream(Library library, int device) {
+  uintptr_t stream = 0;
+  if (library == Library::torch)
+    stream = imported("torch").attr("cuda").attr("current_stream")(device).attr("cuda_stream").cast<uintptr_t>();
+  else if (library == Library::cupy)
+    stream = imported("cupy").attr("cuda").attr("get_current_stream")().attr("ptr").cast<uintptr_t>();
+  return reinterpret_cast<CUstream_st*>(stream);
+}
+
+inline std::optional<DType> dtype_from_dlpack(dlpack::DLDataType t) {
+  if (t.lanes != 1) return std::nullopt;
+  const int log2 = t.bits == 8 ? 0 : t.bits == 16 ? 1 : t.bits == 32 ? 2 : t.bits == 64 ? 3 : -1;
+  if (log2 < 0) return std::nullopt;
+  if (t.code == dlpack::kBool && log2 == 0) return DType::boolean;
+  if (t.code == dlpack::kUInt) return DType(int(DType::u8) + log2);
+  if (t.code == dlpack::kInt) return DType(int(DType::i8) + log2);
+  if (t.code == dlpack::kFloat && log2 > 0) return log2 == 1 ? DType::f16 : log2 == 2 ? DType::f32 : DType::f64;
+  if (t.code == dlpack::kBfloat && log2 == 1) return DType::bf16;
+  return std::nullopt;
+}
+
+inline dlpack::DLDataType dtype_to_dlpack(DType d) {
+  const uint8_t code = d == DType::boolean ? dlpack::kBool
+                       : d <= DType::u64   ? dlpack::kUInt
+                       : d <= DType::i64   ? dlpack::kInt
+                       : d == DType::bf16  ? dlpack::kBfloat
+                                           : dlpack::kFloat;
+  return {code, uint8_t(item_size(d) * 8), 1};
+}
+
+inline std::optional<DType> dtype_from_name(const std::string& name) {
+  for (int i = 0; i <= int(DType::f64); ++i)
+    if (name == dtype_name(DType(i))) return DType(i);
+  return std::nullopt;
+}
+
+// A borrowed array. Construction checks that it is one; everything else is checked by the function that takes it.
+// Must be made and destroyed with the GIL held.
+class Tensor : public View {
+ public:
+  Tensor(py::handle object, const char* argument)
+      : name_(argument), library_(library_of(object)), object_(py::reinterpret_borrow<py::object>(object)) {
+    if (library_ == Library::numpy)
+      from_numpy();
+    else
+      from_dlpack();
+  }
+  Tensor(Tensor&& other) noexcept
+      : View(other),
+        name_(other.name_),
+        library_(other.library_),
+        object_(std::move(other.object_)),
+        release_(std::move(other.release_)) {}
+  Tensor(const Tensor&) = delete;
+
+  const char* name() const { return name_; }
+  Library library() const { return library_; }
+  const py::object& object() const { return object_; }
+  CUstream_st* stream() const { return stream_; }  // the caller's current one; null on the CPU
+
+  void require_dtype(std::initializer_list<DType> accepted) const {
+    std::string names;
+    for (DType d : accepted) {
+      if (d == dtype) return;
+      names += std::string(names.empty() ? "" : ", ") + dtype_name(d);
+    }
+    throw py::type_error(text(name_, ": must have dtype ", names, ", got ", dtype_name(dtype)));
+  }
+  void require_contiguous() const {
+    require(contiguous(), name_, "must be C-contiguous; pass ",
+            library_ == Library::torch  ? text(name_, ".contiguous()")
+            : library_ == Library::cupy ? text("cupy.ascontiguousarray(", name_, ")")
+                                        : text("np.ascontiguousarray(", name_, ")"));
+  }
+  void require_writable() const { require(!readonly, name_, "must be writable, got a read-only array"); }
+  void require_device(const Device& expected, const char* of) const {
+    require(device == expected, name_, "must lie on ", expected.name(), " as ", of, " does, got ", device.name());
+  }
+
+ private:
+  void from_numpy() {
+    const auto array = py::reinterpret_borrow<py::array>(object_);
+    const auto numpy_name = py::str(array.dtype().attr("name")).cast<std::string>();  // ml_dtypes' bfloat16 has one too
+    const auto known = dtype_from_name(numpy_name);
+    if (!known) throw py::type_error(text(name_, ": must have a boolean, integer or floating dtype, got ", numpy_name));
+    dtype = *known;
+    if (!array.dtype().attr("isnative").cast<bool>())
+      throw py::type_error(text(name_, ": must have native byte order"));
+    require(array.ndim() <= kMaxRank, name_, "must have at most ", kMaxRank, " axes, got ", array.ndim());
+    rank = int(array.ndim());
+    data = const_cast<void*>(array.data());
+    readonly = !array.writeable();
+    for (int i = 0; i < rank; ++i) {
+      shape[i] = array.shape(i);
+      require(array.strides(i) % array.itemsize() == 0, name_, "must have strides that are whole items");
+      strides[i] = array.strides(i) / array.itemsize();
+    }
+    require(reinterpret_cast<uintptr_t>(data) % uintptr_t(item_size(dtype)) == 0, name_,
+            "must be aligned to its items; pass ", name_, ".copy()");
+  }
+
+  void from_dlpack() {
+    if (!py::hasattr(object_, "__dlpack__") || !py::hasattr(object_, "__dlpack_device__"))
+      throw py::type_error(text(name_,
+                                ": must be an array (NumPy, torch, CuPy, JAX, or anything with __dlpack__), got ",
+                                py::str(py::type::handle_of(object_).attr("__qualname__")).cast<std::string>()));
+    const auto where = object_.attr("__dlpack_device__")().cast<py::tuple>();
+    const int type = where[0].cast<int>();
+    if (type == dlpack::kCUDA || type == dlpack::kCUDAManaged)
+      device = {true, where[1].cast<int>()};
+    else if (type != dlpack::kCPU && type != dlpack::kCUDAHost)
+      throw py::type_error(text(name_, ": must lie on the CPU or a CUDA device, got DLPack device type ", type));
+    py::dict arguments;
+    if (device.cuda) {
+      require_cuda(name_, device.index);
+      stream_ = current_stream(library_, device.index);
+      arguments["stream"] =
+          stream_ ? reinterpret_cast<uintptr_t>(stream_) : 1;  // DLPack: 1 is the legacy default stream, 0 is forbidden
+    }
+    py::object capsule;
+    try {
+      py::dict versioned(**arguments);
+      versioned["max_version"] = py::make_tuple(1, 0);
+      capsule = object_.attr("__dlpack__")(**versioned);
+    } catch (py::error_already_set& error) {
+      if (!error.matches(PyExc_TypeError)) throw py::type_error(text(name_, ": cannot be shared: ", error.what()));
+      capsule = object_.attr("__dlpack__")(**arguments);  // older than DLPack 1.0
+    }
+    if (PyCapsule_IsValid(capsule.ptr(), "dltensor_versioned")) {
+      auto* managed =
+          static_cast<dlpack::DLManagedTensorVersioned*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor_versioned"));
+      PyCapsule_SetName(capsule.ptr(), "used_dltensor_versioned");
+      release_ = {managed, [](void* m) {
+                    auto* t = static_cast<dlpack::DLManagedTensorVersioned*>(m);
+                    if (t->deleter) t->deleter(t);
+                  }};
+      require(managed->version.major == 1, name_, "speaks DLPack ", managed->version.major, ", only 0 and 1 are known");
+      readonly = managed->flags & dlpack::kReadOnly;
+      take(managed->dl_tensor);
+    } else if (PyCapsule_IsValid(capsule.ptr(), "dltensor")) {
+      auto* managed = static_cast<dlpack::DLManagedTensor*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"));
+      PyCapsule_SetName(capsule.ptr(), "used_dltensor");
+      release_ = {managed, [](void* m) {
+                    auto* t = static_cast<dlpack::DLManagedTensor*>(m);
+                    if (t->deleter) t->deleter(t);
+                  }};
+      take(managed->dl_tensor);
+    } else {
+      throw py::type_error(text(name_, ": __dlpack__ must return a DLPack capsule"));
+    }
+  }
+
+  void take(const dlpack::DLTensor& t) {
+    const auto known = dtype_from_dlpack(t.dtype);
+    if (!known)
+      throw py::type_error(text(name_, ": must have a boolean, integer or floating dtype, got DLPack type code ",
+                                int(t.dtype.code), " with ", int(t.dtype.bits), " bits"));
+    dtype = *known;
+    require(t.ndim <= kMaxRank, name_, "must have at most ", kMaxRank, " axes, got ", t.ndim);
+    rank = t.ndim;
+    data = static_cast<char*>(t.data) + t.byte_offset;
+    int64_t packed = 1;
+    for (int i = rank - 1; i >= 0; --i) {
+      shape[i] = t.shape[i];
+      strides[i] = t.strides ? t.strides[i] : packed;
+      packed *= t.shape[i];
+    }
+  }
+
+  const char* name_;
+  Library library_;
+  py::object object_;  // keeps a NumPy array alive
+  std::unique_ptr<void, void (*)(void*)> release_{nullptr, [](void*) {}};
+  CUstream_st* stream_ = nullptr;
+};
+
+// Memory on a CUDA device that Python sees through DLPack and __cuda_array_interface__: what replay hands out, and what
+// callers without an allocator of their own get. `owner` keeps the memory alive.
+struct DeviceArray {
+  View view;
+  std::shared_ptr<void> owner;
+};
+
+inline std::shared_ptr<void> cuda_buffer(int device, int64_t bytes) {
+  return {cuda_allocate(device, bytes), [device](void* p) { cuda_free(device, p); }};
+}
+
+// An output of the native core: its Python object, and where to write.
+struct Output {
+  py::object object;
+  View view;
+};
+
+inline Output numpy_output(DType dtype, const std::vector<int64_t>& shape) {
+  const char* name = dtype == DType::boolean ? "?" : dtype_name(dtype);
+  if (dtype == DType::bf16) throw py::type_error("NumPy has no bfloat16");
+  py::array array(py::dtype(name), std::vector<py::ssize_t>(shape.begin(), shape.end()));
+  Output out{array, {}};
+  out.view.data = array.mutable_data();
+  out.view.dtype = dtype;
+  out.view.rank = int(shape.size());
+  int64_t packed = 1;
+  for (int i = out.view.rank - 1; i >= 0; --i)
+    out.view.shape[i] = shape[i], out.view.strides[i] = packed, packed *= shape[i];
+  return out;
+}
+
+// A fresh array like `input`: same library, same device. torch and CuPy allocate their own (their caching allocators
+// know the current stream); JAX and others take a DLPack view of ours.
+inline Output output_like(const Tensor& input, DType dtype, const std::vector<int64_t>& shape) {
+  const py::tuple size = py::cast(shape);
+  if (input.library() == Library::torch) {
+    const py::object torch = imported("torch");
+    py::object made =
+        torch.attr("empty")(size, py::arg("dtype") = torch.attr(dtype == DType::boolean ? "bool" : dtype_name(dtype)),
+                            py::arg("device") = py::str(input.device.name()));
+    Output out{made, {}};
+    out.view.data = reinterpret_cast<void*>(made.attr("data_ptr")().cast<uintptr_t>());
+    out.view.dtype = dtype, out.view.device = input.device, out.view.rank = int(shape.size());
+    int64_t packed = 1;
+    for (int i = out.view.rank - 1; i >= 0; --i)
+      out.view.shape[i] = shape[i], out.view.strides[i] = packed, packed *= shape[i];
+    return out;
+  }
+  if (!input.device.cuda) {
+    Output out = numpy_output(dtype, shape);
+    // JAX would copy later; from_dlpack shares, and the caller never sees the NumPy array that still could be written
+    if (input.library() == Library::jax) out.object = imported("jax").attr("dlpack").attr("from_dlpack")(out.object);
+    return out;
+  }
+  Output out;
+  out.view.dtype = dtype, out.view.device = input.device, out.view.rank = int(shape.size());
+  int64_t packed = 1;
+  for (int i = out.view.rank - 1; i >= 0; --i)
+    out.view.shape[i] = shape[i], out.view.strides[i] = packed, packed *= shape[i];
+  if (input.library() == Library::cupy) {
+    out.object = imported("cupy").attr("empty")(size, py::str(dtype_name(dtype)));
+    out.view.data = reinterpret_cast<void*>(out.object.attr("data").attr("ptr").cast<uintptr_t>());
+    return out;
+  }
+  DeviceArray array{out.view, cuda_buffer(input.device.index, packed * item_size(dtype))};
+  array.view.data = out.view.data = array.owner.get();
+  out.object = py::cast(std::move(array));
+  if (input.library() == Library::jax) out.object = imported("jax").attr("dlpack").attr("from_dlpack")(out.object);
+  return out;
+}
+
+// "cpu", "cuda", "cuda:1", a torch.device, or an index-less cuda device (0). Checked: a CUDA device is usable when this
+// returns.
+inline Device parse_device(py::handle object, const char* argument = "device") {
+  const auto name = py::str(object).cast<std::string>();
+  if (name == "cpu") return {};
+  const bool cuda = name == "cuda" || (name.rfind("cuda:", 0) == 0 && name.size() > 5 && name.size() < 9 &&
+                                       name.find_first_not_of("0123456789", 5) == std::string::npos);
+  require(cuda, argument, "must be 'cpu', 'cuda' or 'cuda:N', got '", name, "'");
+  const Device device{true, name.size() > 5 ? std::stoi(name.substr(5)) : 0};
+  require_cuda(argument, device.index);
+  return device;
+}
+
+}  // namespace urlfast
