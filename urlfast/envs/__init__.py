@@ -20,7 +20,7 @@ import dataclasses
 
 import numpy as np
 
-__all__ = ["Episodes", "FrameStack", "Step", "VectorEnv"]
+__all__ = ["Episodes", "FrameStack", "Step", "VectorEnv", "stream_seeds"]
 
 
 @dataclasses.dataclass
@@ -160,3 +160,8 @@ class VectorEnv:
         if actions.min() < 0 or actions.max() >= self.num_actions:
             raise ValueError(f"actions: must lie in 0..{self.num_actions - 1}, got {actions.min()}..{actions.max()}")
         return actions
+
+
+def stream_seeds(seed: int, num_envs: int) -> np.ndarray:
+    """One seed in 0..2^31-1 for each environment, int64 [N]. Neighbouring seeds share none, as seed + i would."""
+    return (np.random.SeedSequence(seed).generate_state(num_envs) >> 1).astype(np.int64)

@@ -14,14 +14,23 @@ only raises `terminated` (and only with life_loss_terminal), and the game goes o
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
+import mmap
 import os
 import re
+import signal
+import subprocess
+import sys
+import weakref
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 
 import numpy as np
 
-from urlfast.envs import Episodes, Step, VectorEnv
+from urlfast.envs import Episodes, FrameStack, Step, VectorEnv, stream_seeds
+from urlfast.envs.atari_worker import shared_arrays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +64,9 @@ class AtariConfig:
             raise ValueError(f"backend: must be one of {', '.join(_BACKENDS)}, got {self.backend!r}")
 
 
-def make_atari(config: AtariConfig, *, num_envs: int | None = None, evaluation: bool = False, seed: int = 0) -> AtariVector:
+def make_atari(
+    config: AtariConfig, *, num_envs: int | None = None, evaluation: bool = False, seed: int = 0
+) -> AtariVector | AtariProcesses:
     """The environments of `config`.
 
     num_envs: instead of the config's.
@@ -147,11 +158,6 @@ class _Atari(VectorEnv):
         return min(self.config.workers or len(os.sched_getaffinity(0)), self.num_envs)
 
 
-def _stream_seeds(seed: int, num_envs: int) -> np.ndarray:
-    """One seed per environment; neighbouring seeds share none, as seed + i would."""
-    return (np.random.SeedSequence(seed).generate_state(num_envs) >> 1).astype(np.int64)  # ALE wants 0..2^31-1
-
-
 # ale-py's vector environment -----------------------------------------------------------------------------------------------------
 
 
@@ -190,7 +196,7 @@ class AtariVector(_Atari):
         self._cut = np.zeros(config.num_envs, bool)  # the time limit closed the episode, so the emulator goes on unless told to reset
 
     def _reset(self, seed):
-        observation, info = self._env.reset(seed=None if seed is None else _stream_seeds(seed, self.num_envs))
+        observation, info = self._env.reset(seed=None if seed is None else stream_seeds(seed, self.num_envs))
         self._cut[:] = False
         return self._first(observation, info["lives"])
 
@@ -209,4 +215,183 @@ class AtariVector(_Atari):
         del self._env
 
 
-_BACKENDS = {"vector": AtariVector}
+# ALEInterface in processes -------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class AtariState:
+    """One environment as it was: the emulator with its random numbers, and the row of the Step that it showed. Picklable."""
+
+    config: AtariConfig
+    emulator: bytes
+    stack: np.ndarray
+    lives: int
+    row: dict[str, np.ndarray]
+
+
+class AtariProcesses(_Atari):
+    """ALEInterface in `workers` processes, each with its share of the environments; they exchange arrays by shared memory.
+
+    Beside what the vector backend shows, each Step has `ram`, and `frame_reward` with the score change of each of its frames. The processes
+    import neither torch nor the caller's main module. They end with `close`, with this object, and with the process that made it, even
+    by `kill -9`. Ctrl-C does not reach them. A worker that dies or fails is a RuntimeError that says which, and closes the environment.
+    """
+
+    def __init__(self, config: AtariConfig, seed: int = 0):
+        super().__init__(config, seed)
+        emulator = dict(rom=_rom_path(config.game), full_action_set=config.full_action_set)
+        emulator |= {name: getattr(config, name) for name in ("frame_skip", "frame_size", "noop_max", "sticky")}
+        _, size = shared_arrays(None, self.num_envs, config.frame_size, config.frame_skip)
+        memory_fd = os.memfd_create("urlfast-atari")
+        os.ftruncate(memory_fd, size)
+        self._shared, _ = shared_arrays(mmap.mmap(memory_fd, size), self.num_envs, config.frame_size, config.frame_skip)
+        self._pool = []
+        self._stop = weakref.finalize(self, _stop_workers, self._pool, os.getpid())
+        try:
+            for share in np.array_split(np.arange(self.num_envs), self._workers()):
+                self._pool.append(_start_worker(range(share[0], share[-1] + 1), memory_fd))
+                self._ask(self._pool[-1], ("make", int(share[0]), len(share), self.num_envs, emulator))
+        finally:
+            os.close(memory_fd)
+        self.num_actions, *_ = [self._answer(worker) for worker in self._pool]
+        self._stack = FrameStack(self.num_envs, self.frame_stack, self.frame_shape, np.uint8)
+
+    def clone_state(self, i: int) -> AtariState:
+        """Environment `i` as it is after `reset` or `recv`, for `restore_state` here or in another object of the same config."""
+        worker = self._idle_worker_of(i)
+        self._ask(worker, ("clone", i))
+        row = {name: column[i].copy() for name, column in vars(self._step).items()}
+        return AtariState(self.config, self._answer(worker), self._stack.stack[i].copy(), int(self._lives[i]), row)
+
+    def restore_state(self, i: int, state: AtariState) -> Step:
+        """Put environment `i` back to `state`; it goes on from there as it did then, random numbers included.
+
+        Returns the current Step with row i as it was. `render` shows the restored screen after the next step only.
+        Raises ValueError where the state is another game's, or was played with other settings.
+        """
+        worker = self._idle_worker_of(i)
+        mine, other = (dataclasses.replace(c, num_envs=1, workers=0, game=rom_id(c.game)) for c in (self.config, state.config))
+        if mine != other:
+            raise ValueError(f"state: must come from {mine}, got one from {other}")
+        self._ask(worker, ("restore", i, state.emulator))
+        self._answer(worker)
+        self._stack.stack[i] = state.stack
+        self._lives[i] = state.lives
+        self._step = dataclasses.replace(self._step, **{name: column.copy() for name, column in vars(self._step).items()})
+        for name, value in state.row.items():
+            getattr(self._step, name)[i] = value
+        for name in ("is_last", "score", "length"):
+            getattr(self._episodes, name)[i] = state.row[name]
+        return self._step
+
+    def render(self, i: int = 0) -> np.ndarray:
+        """The screen of environment `i` in colour: uint8 [210, 160, 3] (a few games have 250 lines)."""
+        worker = self._idle_worker_of(i)
+        self._ask(worker, ("screen", i))
+        return self._answer(worker)
+
+    def _reset(self, seed):
+        seeds = None if seed is None else stream_seeds(seed, self.num_envs)
+        self._all(("reset", seeds))
+        self._step = self._first(self._stack.push(self._shared["frame"], np.ones(self.num_envs, bool)), **self._shown())
+        return self._step
+
+    def _send(self, actions):
+        self._shared["action"][:] = actions
+        self._shared["reset"][:] = self._episodes.is_last
+        for worker in self._pool:
+            self._ask(worker, ("step",))
+
+    def _recv(self):
+        for worker in self._pool:
+            self._answer(worker)
+        observation = self._stack.push(self._shared["frame"], self._episodes.is_last)
+        reward = self._shared["frame_reward"].sum(1, dtype=np.float64)
+        self._step = self._next(observation, reward, self._shared["over"].copy(), **self._shown())
+        return self._step
+
+    def _shown(self):
+        return {name: self._shared[name].copy() for name in ("lives", "ram", "frame_reward")}
+
+    def _all(self, request):
+        for worker in self._pool:
+            self._ask(worker, request)
+        for worker in self._pool:
+            self._answer(worker)
+
+    def _idle_worker_of(self, i: int) -> _Process:
+        if self._state != "ready":
+            raise RuntimeError("clone_state, restore_state, render: only after reset or recv")
+        if not 0 <= i < self.num_envs:
+            raise ValueError(f"i: must lie in 0..{self.num_envs - 1}, got {i}")
+        return next(worker for worker in self._pool if i in worker.environments)
+
+    def _ask(self, worker: _Process, request) -> None:
+        try:
+            worker.pipe.send(request)
+        except ConnectionError:
+            self._fail(worker)
+
+    def _answer(self, worker: _Process):
+        try:
+            good, answer = worker.pipe.recv()
+        except (EOFError, ConnectionError):
+            self._fail(worker)
+        if not good:
+            self._fail(worker, answer)
+        return answer
+
+    def _fail(self, worker: _Process, report: str | None = None):
+        code = None if report else worker.process.wait(timeout=10)
+        self.close()
+        who = f"the Atari process of environments {worker.environments.start}..{worker.environments.stop - 1}"
+        if report:
+            raise RuntimeError(f"{who} failed:\n{report}")
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
+        raise RuntimeError(f"{who} {how}")
+
+    def _close(self):
+        self._stop()
+
+
+@dataclasses.dataclass
+class _Process:
+    process: subprocess.Popen
+    pipe: Connection
+    environments: range
+
+
+def _start_worker(environments: range, memory_fd: int) -> _Process:
+    """A fresh interpreter, not multiprocessing's spawn, which would import the caller's main module (and so torch) into each."""
+    ours, theirs = Pipe()
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
+        "OPENBLAS_NUM_THREADS": "1",  # the processes are the parallelism
+    }
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", "urlfast.envs.atari_worker", str(theirs.fileno()), str(memory_fd)],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        pass_fds=(theirs.fileno(), memory_fd),
+        process_group=0,  # a Ctrl-C in the terminal is the parent's to handle
+    )
+    theirs.close()
+    return _Process(process, ours, environments)
+
+
+def _stop_workers(pool: list[_Process], owner: int) -> None:
+    if os.getpid() != owner:  # a fork's copy of the object does not own the processes
+        return
+    for worker in pool:
+        with contextlib.suppress(OSError):  # it has died before
+            worker.pipe.send(("close",))
+        worker.pipe.close()
+    for worker in pool:
+        try:
+            worker.process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            worker.process.kill()
+            worker.process.wait()
+
+
+_BACKENDS = {"vector": AtariVector, "processes": AtariProcesses}
