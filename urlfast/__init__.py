@@ -1,5 +1,9 @@
 """urlfast: unsupervised pre-training for reinforcement learning on a native core."""
 
-from urlfast.ops import __version__, set_num_threads
+from pkgutil import extend_path
+
+__path__ = extend_path(__path__, __name__)  # inside a checkout, the Python files are the checkout's and the extension is the installed one
+
+from urlfast.ops import __version__, set_num_threads  # noqa: E402
 
 __all__ = ["__version__", "set_num_threads"]
