@@ -380,8 +380,7 @@ USAGE = """usage: urlfast train METHOD DOMAIN [--preset NAME] [options]
 
 
 def parse(default: TrainConfig, argv: Sequence[str], prog: str, description: str = "") -> TrainConfig:
-    with refusals():
-        return tyro.cli(TrainConfig, default=default, args=argv, prog=prog, description=description)
+    return tyro.cli(TrainConfig, default=default, args=argv, prog=prog, description=description)
 
 
 def take(argv: list[str], option: str) -> str | None:
