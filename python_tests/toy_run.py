@@ -6,14 +6,17 @@ n-th step. TOY_SLOW=s: an update takes s seconds.
 
 import os
 import signal
+import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from urlfast import Field, SequenceReplay, train
 from urlfast.envs import Episodes, FrameStack, VectorEnv
+from urlfast.run import Run
 
 
 @dataclass(frozen=True)
@@ -76,8 +79,8 @@ class ToyConfig:
 class Toy:
     """Regresses the reward on the picture, and acts at random."""
 
-    def __init__(self, config, observation_shape, num_actions, *, device, seed):
-        self.config, self.num_actions, self.seed = config, num_actions, seed
+    def __init__(self, config, observation_shape, num_actions, *, device, seed, frame_stack):
+        self.config, self.num_actions, self.seed, self.frame_stack = config, num_actions, seed, frame_stack
         self.weight = torch.zeros(2, requires_grad=True)
         self.optim = torch.optim.Adam([self.weight], lr=config.lr)
         self.random = np.random.default_rng(seed)
@@ -85,7 +88,9 @@ class Toy:
 
     def make_replay(self, num_envs, steps):
         fields = {"observation": Field((1, 8, 8), "uint8"), "action": Field((), "int64")}
-        return SequenceReplay(self.config.replay_capacity, fields, num_streams=num_envs, n_step=1, gamma=0.9, frame_stack=2, seed=self.seed)
+        return SequenceReplay(
+            self.config.replay_capacity, fields, num_streams=num_envs, n_step=1, gamma=0.9, frame_stack=self.frame_stack, seed=self.seed
+        )
 
     def act(self, step, explore=True):
         if not explore:
@@ -129,6 +134,20 @@ train.PRESETS["toy", "corridor"] = {
     "paper": train.TrainConfig(ToyConfig(), CorridorConfig(), steps=200, log_every=10, checkpoint_every=40),
     "fast": train.TrainConfig(ToyConfig(lr=0.1), CorridorConfig(), steps=200, log_every=10, checkpoint_every=40),
 }
+
+COMMAND = [sys.executable, __file__]
+
+
+def new(runs: Path, *options: str) -> Run:
+    """The folder of a run that was trained to its end in this process."""
+    assert train.run_train(["toy", "corridor", "--runs", str(runs), *options]) == 0
+    return Run(max(runs.iterdir()))
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """For a process of its own: it finds what this one found, and two of its threads do not wait for each other."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1", **variables}
+
 
 if __name__ == "__main__":
     train.main()

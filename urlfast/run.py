@@ -235,47 +235,66 @@ os.register_at_fork(after_in_child=_drop_locks_in_child)
 
 
 class Metrics:
-    """metrics.jsonl and the TensorBoard events of a run, from `step` on: lines after it are of work that will be done again, and go."""
+    """metrics.jsonl and TensorBoard's events of a run, from `step` on: what they hold of later steps will be done again, and goes."""
 
     def __init__(self, folder: Path, step: int):
-        from torch.utils.tensorboard import SummaryWriter
-
         path = folder / "metrics.jsonl"
         if path.exists():
-            kept = [line for line in read_metrics(folder) if line["step"] <= step]
             rewritten = folder / ".metrics.jsonl"
             with open(rewritten, "w") as file:
-                file.writelines(json.dumps(line) + "\n" for line in kept)
+                file.writelines(json.dumps(line) + "\n" for line in read_metrics(folder) if line["step"] <= step)
                 sync(file)
             os.replace(rewritten, path)
-        self._file = open(path, "a")
-        self._board = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+        self._lines = open(path, "a", buffering=1)
+        self._events = Events(folder, step)
 
     def log(self, line: dict) -> None:
         """One object a line: numbers, or short lists of numbers."""
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
-        for name, value in line.items():
-            if name == "step":
-                continue
-            for index, number in enumerate(value) if isinstance(value, list) else [("", value)]:
-                self._board.add_scalar(f"{name}/{index}" if index != "" else name, number, line["step"])
+        self._lines.write(json.dumps(line) + "\n")
+        self._events.log(line)
 
     def sync(self) -> None:
         """Lines logged so far survive a power cut, so that a checkpoint never knows of more than they do."""
-        sync(self._file)
-        self._board.flush()
+        sync(self._lines)
 
     def __enter__(self):
         return self
 
-    def __exit__(self, kind, error, trace):
-        try:
-            self._file.close()
-            self._board.close()
-        except OSError as again:  # a full disk says so once
-            if error is None or again.errno not in FULL_DISK:
-                raise
+    def __exit__(self, *_):
+        self._lines.close()
+        self._events.close()
+
+
+class Events:
+    """TensorBoard's file of points, written at once: its own writer has a thread, which a full disk kills with a traceback."""
+
+    def __init__(self, folder: Path, step: int):
+        from tensorboard.compat.proto import event_pb2
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self._proto = event_pb2
+        # Unbuffered, so that nothing is left to fail in close(). Read in the order of the names, whose time therefore comes first.
+        self._file = open(folder / f"events.out.tfevents.{time.time():.6f}.{os.getpid()}", "wb", buffering=0)
+        self._writer = RecordWriter(self._file)
+        self._write(file_version="brain.Event:2")
+        if step:  # readers drop the points from here on that earlier files hold
+            self._write(step=step + 1, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
+
+    def log(self, line: dict) -> None:
+        event = self._proto.Event(wall_time=time.time(), step=line["step"])
+        for name, value in line.items():
+            if isinstance(value, list):
+                for index, number in enumerate(value):
+                    event.summary.value.add(tag=f"{name}/{index}", simple_value=number)
+            elif name != "step":
+                event.summary.value.add(tag=name, simple_value=value)
+        self._writer.write(event.SerializeToString())
+
+    def _write(self, **fields) -> None:
+        self._writer.write(self._proto.Event(wall_time=time.time(), **fields).SerializeToString())
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def read_metrics(folder: Path) -> list[dict]:
@@ -291,7 +310,7 @@ def read_metrics(folder: Path) -> list[dict]:
 
 
 class Progress:
-    """One line: steps, rate, time left, the numbers that matter. Live on a terminal; elsewhere printed now and then, as metrics are logged."""
+    """One line: steps, rate, time left, the numbers that matter. Live on a terminal; else printed now and then, with a logged line."""
 
     SHOWN = ("score", "q_loss", "contrastive_loss", "contrastive_accuracy", "intrinsic_reward", "knn_distance", "epsilon")
     PRINT_EVERY = 10.0  # seconds

@@ -233,7 +233,10 @@ def make(method: str, domain: str, config: TrainConfig):
 
 
 def make_method(method: str, config: TrainConfig, env):
-    return METHODS[method](config.method, env.observation_shape, env.num_actions, device=chosen_device(config.device), seed=config.seed)
+    device = chosen_device(config.device)
+    return METHODS[method](
+        config.method, env.observation_shape, env.num_actions, device=device, seed=config.seed, frame_stack=env.frame_stack
+    )
 
 
 @contextmanager
@@ -330,11 +333,10 @@ def seconds_per_update(method: str, config: TrainConfig, env) -> float:
     agent = make_method(method, config, env)
     replay = agent.make_replay(1, ROWS := 512)
     random = np.random.default_rng(0)
-    nothing = np.zeros(1, bool)
-    for _ in range(ROWS):
+    for row in range(ROWS):
         frame = random.integers(0, 256, (1, *env.frame_shape), np.uint8)
-        rows = {"observation": frame, "action": np.zeros(1, np.int64), "reward": np.zeros(1, np.float32)}
-        replay.add(rows | dict.fromkeys(("terminated", "is_first", "is_last"), nothing))
+        rows = {"observation": frame, "action": np.zeros(1, np.int64), "reward": np.zeros(1, np.float32), "is_first": np.array([row == 0])}
+        replay.add(rows | dict.fromkeys(("terminated", "is_last"), np.zeros(1, bool)))
     warm_up, timed = (5, 5) if chosen_device(config.device).type == "cuda" else (1, 3)
     for _ in range(warm_up):
         metrics = agent.update(replay)
