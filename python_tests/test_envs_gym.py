@@ -3,6 +3,7 @@
 import functools
 import os
 import signal
+import time
 
 import gymnasium
 import numpy as np
@@ -188,9 +189,33 @@ def test_bad_actions_are_named(actions, error, message):
             env.send(actions)
 
 
-def test_ctrl_c_does_not_reach_the_processes():
+@pytest.fixture
+def interruptible():
+    """A process started with SIGINT ignored, as by a shell in the background, would hand that on to its own."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_does_not_reach_the_processes(interruptible):
     with make_gym(GymConfig(num_envs=1, backend="processes")) as env:
         env.reset()
         os.kill(env._env.processes[0].pid, signal.SIGINT)
-        for _ in range(3):
-            env.step(np.zeros(1, int))
+        time.sleep(0.3)
+        env.step(np.zeros(1, int))
+
+
+@pytest.mark.filterwarnings("ignore:.*waiting for a pending call")
+def test_a_dead_process_is_named_and_takes_the_others_along():
+    env = make_gym(GymConfig(num_envs=2, backend="processes"))
+    env.reset()
+    processes = env._env.processes
+    os.kill(processes[1].pid, signal.SIGKILL)
+    with pytest.raises(RuntimeError, match="the process of environment 1 has died"):
+        for _ in range(2):
+            env.step(np.zeros(2, int))
+    for process in processes:
+        process.join(5)
+        assert not process.is_alive()
+    with pytest.raises(RuntimeError, match="closed"):
+        env.reset()

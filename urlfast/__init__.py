@@ -4,6 +4,24 @@ from pkgutil import extend_path
 
 __path__ = extend_path(__path__, __name__)  # inside a checkout, the Python files are the checkout's and the extension is the installed one
 
-from urlfast.ops import __version__, set_num_threads  # noqa: E402
+from urlfast.ops import (  # noqa: E402
+    Batch,
+    Field,
+    RunningNormalizer,
+    SequenceReplay,
+    __version__,
+    knn,
+    knn_reward,
+    set_num_threads,
+)
 
-__all__ = ["__version__", "set_num_threads"]
+__all__ = [
+    "Batch",
+    "Field",
+    "RunningNormalizer",
+    "SequenceReplay",
+    "__version__",
+    "knn",
+    "knn_reward",
+    "set_num_threads",
+]

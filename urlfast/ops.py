@@ -30,6 +30,54 @@ def _detached(array):
 # normaliser -----------------------------------------------------------------------------------------------------------
 
 
+class RunningNormalizer(_core.RunningNormalizer):
+    """Divides rewards or distances by a running statistic of them. It does not centre.
+
+    mode      divides by                    as in
+    "mean"    |M| + epsilon                 URLB's PBE and APS (distances, before the log); APT (rewards)
+    "std"     sqrt(S + epsilon)             gymnasium's NormalizeReward, Stable-Baselines3's VecNormalize
+    "var"     S + epsilon                   mini_apt and CIC, which divide by the variance
+    "ema_abs" A + epsilon                   APV's StreamNorm: A <- momentum * A + (1 - momentum) * mean |x|, 1 at first
+
+    M and S are the mean and the population variance of all values seen, with URLB's prior (M = 0, S = 1, weight 1e-4); URLB itself
+    takes the sample variance of each batch. A normalizer that has seen nothing divides by 1.
+
+    shape: () for one statistic over all values, (F,) for one per feature over the leading axes.
+    clip: c takes c off after dividing and floors at 0, as URLB's PBE does (its knn_clip); None does neither.
+    epsilon >= 0; momentum in [0, 1), used by "ema_abs" alone. device: where the data will be, "cpu" or "cuda[:N]".
+
+    update(x)                 takes x (..., *shape) into the statistic
+    normalize(x, out=None)    x divided by it
+    normalizer(x, out=None)   both, in this order
+    merge(other)              as if this one had seen the other's values too; ValueError for "ema_abs", whose average has an order
+    state_dict(), load_state_dict(state)   floats, strings and lists; the statistic, not the arguments above
+    scale                     what values are divided by now (NumPy float64)
+
+    x: float16, bfloat16, float32 or float64, C-contiguous, not empty, on `device`; NumPy, torch, CuPy or JAX. Results are float64 for
+    float64 and float32 otherwise, in x's library, and carry no gradient; `out` must have that dtype and may be x itself.
+    The state is float64. Sums do not depend on the number of threads, nor suffer from a large mean. On the CPU, NaN or infinity in
+    update(x) is a ValueError and changes nothing; normalize(x) passes them on. On CUDA nothing waits for the device, the work goes to
+    the caller's current stream, and NaN or infinity enters the statistic: check what may hold it.
+    Raises TypeError (no array, dtype), ValueError (everything else), naming the argument.
+    """
+
+    def __init__(self, mode="mean", *, shape=(), epsilon=1e-8, clip=None, momentum=0.99, device="cpu"):
+        super().__init__(mode, (shape,) if isinstance(shape, int) else shape, epsilon, clip, momentum, device)
+
+    def __repr__(self):
+        arguments = f"{self.mode!r}, shape={self.shape}, epsilon={self.epsilon}, clip={self.clip}, momentum={self.momentum}"
+        return f"RunningNormalizer({arguments}, device={self.device!r})"
+
+    def __reduce__(self):  # for copy.deepcopy and pickle
+        return _restored_normalizer, (self.mode, self.shape, self.epsilon, self.clip, self.momentum, self.device, self.state_dict())
+
+
+def _restored_normalizer(mode, shape, epsilon, clip, momentum, device, state):
+    normalizer = RunningNormalizer(mode, shape=shape, epsilon=epsilon, clip=clip, momentum=momentum, device=device)
+    normalizer.load_state_dict(state)
+    return normalizer
+
+
 # replay ---------------------------------------------------------------------------------------------------------------
 
 

@@ -4,11 +4,7 @@
 #pragma once
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define URLFAST_HD __host__ __device__
-#else
-#define URLFAST_HD
-#endif
+#include "common/hd.hpp"
 
 namespace urlfast {
 

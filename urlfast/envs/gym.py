@@ -7,6 +7,7 @@ to the space's bounds. Terminated and truncated are gymnasium's: only `terminate
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -113,15 +114,29 @@ class GymVector(VectorEnv):
     def _send(self, actions):
         self._actions = actions
         if self._processes:
-            self._env.step_async(actions)
+            with self._dead_process_named():
+                self._env.step_async(actions)
 
     def _recv(self) -> Step:
-        observation, reward, terminated, truncated, _ = self._env.step_wait() if self._processes else self._env.step(self._actions)
+        with self._dead_process_named():
+            observation, reward, terminated, truncated, _ = self._env.step_wait() if self._processes else self._env.step(self._actions)
         observation = self._stack.push(self._frame(observation), self._episodes.is_last)
         return self._episodes.step(observation, reward, terminated, terminated | truncated)
 
     def _close(self):
         self._env.close()
+
+    @contextlib.contextmanager
+    def _dead_process_named(self):
+        try:
+            yield
+        except (EOFError, ConnectionError) as error:
+            for process in self._env.processes:
+                process.join(0.1)  # its pipe breaks a moment before it is gone
+            dead = [i for i, process in enumerate(self._env.processes) if not process.is_alive()]
+            self._state = "closed"
+            self._env.close(terminate=True)
+            raise RuntimeError(f"the process of environment {', '.join(map(str, dead))} has died") from error
 
     def _frame(self, observation: np.ndarray) -> np.ndarray:
         """[N, *frame_shape]"""
