@@ -3,6 +3,7 @@
 #pragma once
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>  // shapes become tuples: every file must see the same conversions
 
 #include <initializer_list>
 #include <memory>

@@ -5,6 +5,7 @@ from pkgutil import extend_path
 __path__ = extend_path(__path__, __name__)  # inside a checkout, the Python files are the checkout's and the extension is the installed one
 
 from urlfast.ops import (  # noqa: E402
+    Batch,
     Field,
     RunningNormalizer,
     SequenceReplay,
@@ -15,6 +16,7 @@ from urlfast.ops import (  # noqa: E402
 )
 
 __all__ = [
+    "Batch",
     "Field",
     "RunningNormalizer",
     "SequenceReplay",
