@@ -34,8 +34,28 @@ static py::dict build_info() {
   return info;
 }
 
-// DLPack for memory of ours on a device. The consumer's stream is made to see finished work by a synchronisation only
-// when it differs from the legacy default stream, which orders itself after every blocking stream.
+// Lets the consumer's stream wait until the array was filled. `stream` as the array API standard has it: None or 1 is
+// the legacy default stream, 2 the thread's own, -1 asks for no waiting.
+static void hand_over(const DeviceArray& array, const py::kwargs& options) {
+  if (!array.order) return;
+  CUstream_st* stream = nullptr;
+  if (options.contains("stream") && !options["stream"].is_none()) {
+    const auto number = options["stream"].cast<int64_t>();
+    if (number == -1) return;
+    if (number != 1) stream = reinterpret_cast<CUstream_st*>(number);
+  }
+  DeviceOrder& order = *array.order;
+  if (stream == order.writer) return;
+  order.written.order(stream);
+  // torch's streams live as long as the process, so what it does with the array can be waited for later. Other streams
+  // may be gone by then.
+  if (torch_on_cuda().is_none() || stream != current_stream(Library::torch, array.view.device.index)) return;
+  for (CUstream_st* known : order.readers)
+    if (known == stream) return;
+  order.readers.push_back(stream);
+}
+
+// DLPack for memory of ours on a device.
 static py::capsule export_dlpack(const DeviceArray& array) {
   struct Context {
     dlpack::DLManagedTensorVersioned managed;
@@ -82,7 +102,11 @@ PYBIND11_MODULE(_core, m) {
       .def_property_readonly("dtype", [](const DeviceArray& a) { return dtype_name(a.view.dtype); })
       .def("__dlpack_device__",
            [](const DeviceArray& a) { return py::make_tuple(int(dlpack::kCUDA), a.view.device.index); })
-      .def("__dlpack__", [](const DeviceArray& a, const py::kwargs&) { return export_dlpack(a); })
+      .def("__dlpack__",
+           [](const DeviceArray& a, const py::kwargs& options) {
+             hand_over(a, options);
+             return export_dlpack(a);
+           })
       .def_property_readonly("__cuda_array_interface__", [](const DeviceArray& a) {
         const auto code = dtype_to_dlpack(a.view.dtype).code;
         if (a.view.dtype == DType::bf16)
@@ -99,6 +123,7 @@ PYBIND11_MODULE(_core, m) {
         out["typestr"] = text(kind, item_size(a.view.dtype));
         out["data"] = py::make_tuple(reinterpret_cast<uintptr_t>(a.view.data), a.view.readonly);
         out["version"] = 3;
+        if (a.order) out["stream"] = a.order->writer ? reinterpret_cast<uintptr_t>(a.order->writer) : 1;
         return out;
       });
   bind_knn(m);

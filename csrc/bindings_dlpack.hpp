@@ -83,6 +83,12 @@ inline Library library_of(py::handle object) {
   return py::isinstance<py::array>(object) ? Library::numpy : array_type(object).library;
 }
 
+// torch, if the caller has it and has used it on a CUDA device; else none.
+inline py::object torch_on_cuda() {
+  const py::object torch = imported("torch");
+  return !torch.is_none() && torch.attr("cuda").attr("is_initialized")().cast<bool>() ? torch : py::none();
+}
+
 // The stream that the caller's library would launch on now. 0 is the legacy default stream.
 inline CUstream_st* current_stream(Library library, int device) {
   uintptr_t stream = 0;
@@ -91,6 +97,12 @@ inline CUstream_st* current_stream(Library library, int device) {
   else if (library == Library::cupy)
     stream = imported("cupy").attr("cuda").attr("get_current_stream")().attr("ptr").cast<uintptr_t>();
   return reinterpret_cast<CUstream_st*>(stream);
+}
+
+// The same where no array says which library the caller uses.
+inline CUstream_st* current_stream(int device) {
+  if (!torch_on_cuda().is_none()) return current_stream(Library::torch, device);
+  return imported("cupy").is_none() ? nullptr : current_stream(Library::cupy, device);
 }
 
 inline std::optional<DType> dtype_from_dlpack(dlpack::DLDataType t) {
@@ -297,11 +309,21 @@ class Tensor : public View {
   CUstream_st* stream_ = nullptr;
 };
 
+// When the work that fills a device's memory is done, and who reads it. Used with the GIL held.
+struct DeviceOrder {
+  explicit DeviceOrder(int device) : written(device) {}
+  CudaEvent written;
+  CUstream_st* writer = nullptr;      // the stream it was filled on
+  std::vector<CUstream_st*> readers;  // other streams that it was handed to
+};
+
 // Memory on a CUDA device that Python sees through DLPack and __cuda_array_interface__: what replay hands out, and what
-// callers without an allocator of their own get. `owner` keeps the memory alive.
+// callers without an allocator of their own get. `owner` keeps the memory alive. `order` is null where the work that
+// fills it was queued on the stream of whoever takes it.
 struct DeviceArray {
   View view;
   std::shared_ptr<void> owner;
+  std::shared_ptr<DeviceOrder> order;
 };
 
 inline std::shared_ptr<void> cuda_buffer(int device, int64_t bytes) {
@@ -364,7 +386,7 @@ inline Output output_like(const Tensor& input, DType dtype, const std::vector<in
     out.view.data = reinterpret_cast<void*>(out.object.attr("data").attr("ptr").cast<uintptr_t>());
     return out;
   }
-  DeviceArray array{out.view, cuda_buffer(input.device.index, packed * item_size(dtype))};
+  DeviceArray array{out.view, cuda_buffer(input.device.index, packed * item_size(dtype)), nullptr};
   array.view.data = out.view.data = array.owner.get();
   out.object = py::cast(std::move(array));
   if (input.library() == Library::jax) out.object = imported("jax").attr("dlpack").attr("from_dlpack")(out.object);

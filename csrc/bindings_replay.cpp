@@ -13,13 +13,67 @@ namespace {
 
 constexpr int64_t kMaxRows = (int64_t(1) << 31) - 1;
 
-// Where one batch goes: NumPy arrays, and their memory in the order of Replay::layout.
+// Arrays of one call that lie on a device: the stream to work on, and the others that it takes part in.
+class CallStream {
+ public:
+  explicit CallStream(Device device) : device_(device) {}
+  void join(const Tensor& array) {
+    if (!array.device.cuda) return;
+    if (!chosen_) stream_ = array.stream(), chosen_ = true;
+    if (array.stream() != stream_) others_.push_back(array.stream());
+  }
+  // What was queued on the other streams comes before the call's work.
+  CUstream_st* begin() {
+    if (!device_.cuda) return nullptr;
+    if (!chosen_) stream_ = current_stream(device_.index), chosen_ = true;
+    order(others_, {stream_});
+    return stream_;
+  }
+  // And that before what is queued there from now on: memory that is freed may be used again.
+  void end() {
+    if (!others_.empty()) order({stream_}, others_);
+  }
+
+ private:
+  void order(const std::vector<CUstream_st*>& before, const std::vector<CUstream_st*>& after) {
+    for (CUstream_st* b : before) {
+      CudaEvent event(device_.index);
+      event.record(b);
+      for (CUstream_st* a : after) event.order(a);
+    }
+  }
+  Device device_;
+  CUstream_st* stream_ = nullptr;
+  bool chosen_ = false;
+  std::vector<CUstream_st*> others_;
+};
+
+// Where one batch goes: arrays, and their memory in the order of Replay::layout.
 struct ReplayBuffers {
   std::weak_ptr<Replay> owner;
   int64_t batch = 0;
   std::vector<void*> pointers;
   py::dict arrays;
+  std::shared_ptr<DeviceOrder> order;  // of device memory of ours
+  std::optional<CallStream> stream;    // of the caller's
+  bool pinned = false;                 // host memory that a device may be copying from,
+  std::shared_ptr<CudaEvent> copied;   // and has when this has passed
 };
+
+int64_t bytes_of(const ReplayOutput& output) {
+  int64_t bytes = item_size(output.dtype);
+  for (int64_t d : output.shape) bytes *= d;
+  return bytes;
+}
+
+View view_of(const ReplayOutput& output, Device device) {
+  View view;
+  view.dtype = output.dtype, view.device = device, view.rank = int(output.shape.size());
+  int64_t packed = 1;
+  for (int i = view.rank - 1; i >= 0; --i)
+    view.shape[i] = output.shape[size_t(i)], view.strides[i] = packed, packed *= view.shape[i];
+  return view;
+}
 
 bool dtype_is(const py::array& array, DType dtype) {  // dtype.name, which Tensor asks for, costs more than a row's copy
   const py::dtype type = array.dtype();
@@ -31,7 +85,9 @@ bool dtype_is(const py::array& array, DType dtype) {  // dtype.name, which Tenso
 // One column of rows: [count, ...shape], each row contiguous, whatever lies between rows.
 class Column {
  public:
-  Column(py::handle object, const char* name, DType dtype, const std::vector<int64_t>& shape, int64_t count) {
+  // on: the replay's device, where it may lie besides the CPU.
+  Column(py::handle object, const char* name, DType dtype, const std::vector<int64_t>& shape, int64_t count, Device on,
+         CallStream& stream) {
     View view;
     if (py::isinstance<py::array>(object) && dtype_is(py::reinterpret_borrow<py::array>(object), dtype)) {
       const auto array = py::reinterpret_borrow<py::array>(object);
@@ -45,7 +101,9 @@ class Column {
     } else {
       held_.emplace(object, name);
       held_->require_dtype({dtype});
-      require(!held_->device.cuda, name, "must lie on the CPU, got ", held_->device.name());
+      require(!held_->device.cuda || held_->device == on, name, "must lie on the CPU",
+              on.cuda ? " or on " + on.name() : "", ", got ", held_->device.name());
+      stream.join(*held_);
       view = *held_;
     }
     bool fits = view.rank == int(shape.size()) + 1 && (count < 0 || view.shape[0] == count);
@@ -65,7 +123,7 @@ class Column {
     require(reinterpret_cast<uintptr_t>(view.data) % uintptr_t(item_size(dtype)) == 0, name,
             "must be aligned to its items; pass ", name, ".copy()");
     count_ = view.shape[0];
-    column_ = {view.data, view.strides[0] * item_size(dtype)};
+    column_ = {view.data, view.strides[0] * item_size(dtype), view.device.cuda};
   }
   int64_t count() const { return count_; }
   ReplayRows::Column rows() const { return column_; }
@@ -168,9 +226,15 @@ class PyReplay {
     c.path = path;
     c.seed = seed;
     c.expected_rows = expected_rows;
-    if (parse_device(device).cuda)
-      throw std::runtime_error("device: SequenceReplay keeps its rows in CPU memory; pass device='cpu'");
+    c.device = parse_device(device);
+    require(!c.file || !c.device.cuda, "storage", "must be 'memory' with device='", c.device.name(), "'");
     py::gil_scoped_release unlocked;
+#ifdef URLFAST_HAS_CUDA
+    if (c.device.cuda) {
+      replay_ = make_replay_cuda(std::move(c));
+      return;
+    }
+#endif
     replay_ = make_replay_cpu(std::move(c));
   }
 
@@ -200,26 +264,30 @@ class PyReplay {
     }
     out.count = count;
     size_t used = 0;
-    auto column = [&](const char* name, DType dtype, const std::vector<int64_t>& shape) {
+    CallStream stream(config.device);
+    auto column = [&](const char* name, DType dtype, const std::vector<int64_t>& shape, bool is_flag = false) {
       PyObject* value = PyDict_GetItemString(rows.ptr(), name);  // borrowed
       require(value, "rows", "must have '", name, "'");
       ++used;
-      columns.emplace_back(py::handle(value), name, dtype, shape, count);
+      // which windows exist is worked out on the host, without waiting for a device
+      columns.emplace_back(py::handle(value), name, dtype, shape, count, is_flag ? Device{} : config.device, stream);
       return columns.back().rows();
     };
     static const std::vector<int64_t> scalar;
     for (const ReplayField& f : config.fields) out.fields.push_back(column(f.name.c_str(), f.dtype, f.shape));
     out.reward = column("reward", DType::f32, scalar);
-    out.terminated = column("terminated", DType::boolean, scalar);
-    out.is_first = column("is_first", DType::boolean, scalar);
-    out.is_last = column("is_last", DType::boolean, scalar);
+    out.terminated = column("terminated", DType::boolean, scalar, true);
+    out.is_first = column("is_first", DType::boolean, scalar, true);
+    out.is_last = column("is_last", DType::boolean, scalar, true);
     if (rows.contains("priority")) {
       require(config.priority_exponent > 0, "priority", "is for a replay with priority_exponent > 0");
       out.priority = column("priority", DType::f32, scalar);
     }
     if (used != rows.size()) refuse_unknown(rows, config);
+    CUstream_st* queue = stream.begin();
     py::gil_scoped_release unlocked;
-    replay->add(out);
+    replay->add(out, queue);
+    stream.end();
   }
 
   std::shared_ptr<ReplayBuffers> empty(int64_t batch) {
@@ -228,17 +296,62 @@ class PyReplay {
     auto buffers = std::make_shared<ReplayBuffers>();
     buffers->owner = replay;
     buffers->batch = batch;
-    for (const ReplayOutput& o : replay->layout(batch)) {
+    const Device device = replay->config().device;
+    const auto layout = replay->layout(batch);
+    if (device.cuda) {
+      int64_t all = 0;
+      for (const ReplayOutput& o : layout) all += (bytes_of(o) + 255) & ~int64_t(255);
+      const std::shared_ptr<void> memory = cuda_buffer(device.index, all);
+      buffers->order = std::make_shared<DeviceOrder>(device.index);
+      char* next = static_cast<char*>(memory.get());
+      for (const ReplayOutput& o : layout) {
+        View view = view_of(o, device);
+        view.data = next;
+        next += (bytes_of(o) + 255) & ~int64_t(255);
+        buffers->pointers.push_back(view.data);
+        buffers->arrays[py::str(o.name)] = py::cast(DeviceArray{view, memory, buffers->order});
+      }
+      return buffers;
+    }
+    // Where torch uses a GPU, batches are pinned: it copies them without waiting.
+    const bool pin = cuda_status().compiled && !torch_on_cuda().is_none() && cuda_status().usable;
+    for (const ReplayOutput& o : layout) {
       const py::dtype type(o.dtype == DType::boolean ? "?" : dtype_name(o.dtype));
-      int64_t bytes = item_size(o.dtype);
-      for (int64_t d : o.shape) bytes *= d;
-      auto* pages = new Pages(bytes);
-      py::capsule owner(pages, [](void* p) { delete static_cast<Pages*>(p); });
-      py::array array(type, std::vector<py::ssize_t>(o.shape.begin(), o.shape.end()), pages->data(), owner);
-      buffers->pointers.push_back(pages->data());
+      void* data = pin ? cuda_allocate_host(bytes_of(o)) : nullptr;
+      py::capsule owner;
+      if (data) {
+        buffers->pinned = true;
+        owner = py::capsule(data, [](void* p) { cuda_free_host(p); });
+      } else {
+        auto* pages = new Pages(bytes_of(o));
+        data = pages->data();
+        owner = py::capsule(pages, [](void* p) { delete static_cast<Pages*>(p); });
+      }
+      py::array array(type, std::vector<py::ssize_t>(o.shape.begin(), o.shape.end()), data, owner);
+      buffers->pointers.push_back(data);
       buffers->arrays[py::str(o.name)] = array;
     }
     return buffers;
+  }
+
+  // Stacks of a device's single frames [B, L + stack - 1, ...] as a strided view [B, L, stack, ...] of them.
+  static DeviceArray stacks(const py::object& frames, int64_t stack) {
+    DeviceArray out;
+    if (py::isinstance<DeviceArray>(frames)) {
+      out = frames.cast<DeviceArray>();
+    } else {
+      out.view = Tensor(frames, "frames");
+      out.owner = {new py::object(frames), [](void* p) {
+                     const py::gil_scoped_acquire locked;
+                     delete static_cast<py::object*>(p);
+                   }};
+    }
+    View& view = out.view;
+    require(view.rank >= 3 && view.device.cuda && stack >= 1 && stack <= view.shape[1], "stack",
+            "must be at most the frames that there are, got ", stack);
+    view.shape[1] -= stack - 1;
+    view.shape[2] *= stack;
+    return out;
   }
 
   std::shared_ptr<ReplayBuffers> into(int64_t batch, const py::dict& arrays) {
@@ -248,20 +361,22 @@ class PyReplay {
     buffers->owner = replay;
     buffers->batch = batch;
     const auto layout = replay->layout(batch);
+    buffers->stream.emplace(replay->config().device);
     for (const ReplayOutput& o : layout) {
       const std::string name = "out['" + o.name + "']";
       require(arrays.contains(py::str(o.name)), "out", "must have '", o.name, "'; replay.layout(B) lists all of them");
       const py::object object = arrays[py::str(o.name)];
-      if (!py::isinstance<py::array>(object)) throw py::type_error(name + ": must be a NumPy array");
+      const Device device = replay->config().device;
+      if (!device.cuda && !py::isinstance<py::array>(object)) throw py::type_error(name + ": must be a NumPy array");
       const Tensor t(object, name.c_str());
+      t.require_device(device, "the replay");
+      buffers->stream->join(t);
       t.require_dtype({o.dtype});
       t.require_contiguous();
       t.require_writable();
       bool fits = t.rank == int(o.shape.size());
       for (int i = 0; fits && i < t.rank; ++i) fits = t.shape[i] == o.shape[size_t(i)];
-      View wanted;
-      wanted.rank = int(o.shape.size());
-      std::copy(o.shape.begin(), o.shape.end(), wanted.shape);
+      const View wanted = view_of(o, device);
       require(fits, name.c_str(), "must have shape ", wanted.shape_text(), ", got ", t.shape_text());
       buffers->pointers.push_back(t.data);
       buffers->arrays[py::str(o.name)] = object;
@@ -271,11 +386,24 @@ class PyReplay {
     return buffers;
   }
 
-  void sample(ReplayBuffers& buffers) {
+  void sample(const std::shared_ptr<ReplayBuffers>& buffers) {
     const auto replay = alive();
-    require(buffers.owner.lock() == replay, "out", "must be made by this replay");
+    require(buffers->owner.lock() == replay, "out", "must be made by this replay");
+    const Device device = replay->config().device;
+    if (device.cuda) return sample_on_device(*replay, *buffers, device);
+    // Whatever the caller queued since the last call may be copying from that call's batch: what its memory waits for
+    // before it is written again.
+    if (const auto last = last_.lock(); last && last->pinned) {
+      const py::object torch = torch_on_cuda();
+      const int index = torch.attr("cuda").attr("current_device")().cast<int>();
+      if (!last->copied || last->copied->device() != index) last->copied = std::make_shared<CudaEvent>(index);
+      last->copied->record(current_stream(Library::torch, index));
+    }
+    last_ = buffers;
+    const std::shared_ptr<CudaEvent> copied = buffers->copied;
     py::gil_scoped_release unlocked;
-    replay->sample(buffers.batch, buffers.pointers.data());
+    if (copied) copied->wait();
+    replay->sample(buffers->batch, buffers->pointers.data(), nullptr);
   }
 
   py::list layout(int64_t batch) {
@@ -291,15 +419,15 @@ class PyReplay {
     const ReplayConfig& config = replay->config();
     const Tensor indices(indices_in, "indices");
     indices.require_dtype({DType::i64});
-    require(indices.rank == 1 && !indices.device.cuda, "indices", "must be one-dimensional and on the CPU, got shape ",
-            indices.shape_text());
+    indices.require_device(config.device, "the replay");
+    require(indices.rank == 1, "indices", "must be one-dimensional, got shape ", indices.shape_text());
     indices.require_contiguous();
     const int64_t batch = indices.size(0);
     const bool windows = config.shape.n_step > 0;
     const int64_t steps = windows ? 1 : config.shape.length - 1 - config.shape.burn_in;
     auto check = [&](const Tensor& t, DType dtype) {
       t.require_dtype({dtype});
-      require(!t.device.cuda, t.name(), "must lie on the CPU, got ", t.device.name());
+      t.require_device(config.device, "the replay");
       require(t.size(0) == batch && (windows ? t.rank == 1 : t.rank == 2 && t.size(1) == steps), t.name(),
               "must have shape (", batch, windows ? ",)" : text(", ", steps, ")"), ", got ", t.shape_text());
       t.require_contiguous();
@@ -311,8 +439,15 @@ class PyReplay {
       mask.emplace(mask_in, "mask");
       check(*mask, DType::boolean);
     }
+    CallStream stream(config.device);
+    stream.join(td);
+    stream.join(indices);
+    if (mask) stream.join(*mask);
+    CUstream_st* queue = stream.begin();
     py::gil_scoped_release unlocked;
-    replay->update_priorities(batch, steps, indices.as<int64_t>(), td.as<float>(), mask ? mask->as<bool>() : nullptr);
+    replay->update_priorities(batch, steps, indices.as<int64_t>(), td.as<float>(), mask ? mask->as<bool>() : nullptr,
+                              queue);
+    stream.end();
   }
 
   py::tuple save(const std::string& rows_path, const std::string& state_path, const std::vector<int64_t>& from) {
@@ -354,6 +489,27 @@ class PyReplay {
   bool closed() const { return !replay_; }
 
  private:
+  void sample_on_device(Replay& replay, ReplayBuffers& buffers, Device device) {
+    CallStream call = buffers.stream ? *buffers.stream : CallStream(device);
+    CUstream_st* queue = call.begin();
+    if (buffers.order) {  // other streams that were given this memory finish with it first
+      for (CUstream_st* reader : buffers.order->readers) {
+        CudaEvent event(device.index);
+        event.record(reader);
+        event.order(queue);
+      }
+      buffers.order->readers.clear();
+    }
+    {
+      py::gil_scoped_release unlocked;
+      replay.sample(buffers.batch, buffers.pointers.data(), queue);
+      call.end();
+    }
+    if (!buffers.order) return;
+    buffers.order->written.record(queue);
+    buffers.order->writer = queue;
+  }
+
   std::shared_ptr<Replay> alive() const {
     if (!replay_) throw std::runtime_error("SequenceReplay: it has been closed");
     return replay_;
@@ -374,6 +530,7 @@ class PyReplay {
   }
 
   std::shared_ptr<Replay> replay_;
+  std::weak_ptr<ReplayBuffers> last_;  // of the last sample
 };
 
 }  // namespace
@@ -414,6 +571,7 @@ void bind_replay(py::module_& m) {
       .def("empty", &PyReplay::empty, py::arg("batch"))
       .def("into", &PyReplay::into, py::arg("batch"), py::arg("arrays"))
       .def("sample", &PyReplay::sample, py::arg("buffers"))
+      .def_static("stacks", &PyReplay::stacks, py::arg("frames"), py::arg("stack"))
       .def("layout", &PyReplay::layout, py::arg("batch"))
       .def("update_priorities", &PyReplay::update_priorities, py::arg("indices"), py::arg("td"), py::arg("mask"))
       .def("save", &PyReplay::save, py::arg("rows_path"), py::arg("state_path"), py::arg("begin"))
@@ -423,6 +581,7 @@ void bind_replay(py::module_& m) {
       .def("size", [](PyReplay& r) { return r.ask(&Replay::size); })
       .def("sampleable", [](PyReplay& r) { return r.ask(&Replay::sampleable); })
       .def("stale_updates", [](PyReplay& r) { return r.ask(&Replay::stale_updates); })
+      .def("totals", [](PyReplay& r) { return r.ask(&Replay::totals); })
       .def("bytes", &PyReplay::bytes)
       .def("capacity", &PyReplay::capacity)
       .def_property_readonly("closed", &PyReplay::closed);

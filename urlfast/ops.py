@@ -273,6 +273,9 @@ class SequenceReplay:
         arrays, frames = buffers.arrays, {}
         if self._stack and self._stack > 1:
             array = frames["observation"] = arrays["observation"]
+            if not isinstance(array, np.ndarray):
+                arrays["observation"] = self._core.stacks(array, self._stack)
+                return buffers, arrays, frames
             n, length, frame = array.shape[0], self._options["sequence_length"], array.shape[2:]
             arrays["observation"] = np.lib.stride_tricks.as_strided(
                 array, (n, length, self._stack * frame[0], *frame[1:]), (*array.strides[:2], *array.strides[2:]), writeable=True

@@ -110,4 +110,41 @@ void cuda_synchronize(int device) {
   URLFAST_CUDA_CHECK(cudaDeviceSynchronize());
 }
 
+void* cuda_allocate_host(int64_t bytes) noexcept {
+  void* pointer = nullptr;
+  if (cudaHostAlloc(&pointer, size_t(bytes > 0 ? bytes : 1), cudaHostAllocPortable) == cudaSuccess) return pointer;
+  cudaGetLastError();
+  return nullptr;
+}
+
+void cuda_free_host(void* pointer) noexcept {
+  if (pointer) cudaFreeHost(pointer);
+}
+
+CudaEvent::CudaEvent(int device) : device_(device) {
+  DeviceGuard guard(device);
+  cudaEvent_t event;
+  URLFAST_CUDA_CHECK(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
+  event_ = event;
+}
+CudaEvent::~CudaEvent() { cudaEventDestroy(static_cast<cudaEvent_t>(event_)); }
+void CudaEvent::record(CUstream_st* stream) {
+  DeviceGuard guard(device_);
+  URLFAST_CUDA_CHECK(cudaEventRecord(static_cast<cudaEvent_t>(event_), stream));
+}
+void CudaEvent::order(CUstream_st* stream) const {
+  DeviceGuard guard(device_);
+  URLFAST_CUDA_CHECK(cudaStreamWaitEvent(stream, static_cast<cudaEvent_t>(event_), 0));
+}
+bool CudaEvent::passed() const {
+  const cudaError_t status = cudaEventQuery(static_cast<cudaEvent_t>(event_));
+  if (status == cudaErrorNotReady) {
+    cudaGetLastError();
+    return false;
+  }
+  URLFAST_CUDA_CHECK(status);
+  return true;
+}
+void CudaEvent::wait() const { URLFAST_CUDA_CHECK(cudaEventSynchronize(static_cast<cudaEvent_t>(event_))); }
+
 }  // namespace urlfast

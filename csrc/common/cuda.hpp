@@ -27,6 +27,27 @@ void cuda_copy(int device, void* to, const void* from, int64_t bytes,
                CUstream_st* stream);  // any direction; asynchronous
 void cuda_synchronize(int device, CUstream_st* stream);
 void cuda_synchronize(int device);  // every stream of it
+// Pinned: a device reads it without the processor's help. Null when there is none left.
+void* cuda_allocate_host(int64_t bytes) noexcept;
+void cuda_free_host(void* pointer) noexcept;
+
+// A moment in the work of a stream of `device`. One that was never recorded has passed. A stream may be null: the
+// legacy default stream.
+class CudaEvent {
+ public:
+  explicit CudaEvent(int device);
+  ~CudaEvent();
+  CudaEvent(const CudaEvent&) = delete;
+  int device() const { return device_; }
+  void record(CUstream_st* stream);       // what was queued there so far
+  void order(CUstream_st* stream) const;  // what is queued there from now on waits for it
+  bool passed() const;
+  void wait() const;  // the calling thread does
+
+ private:
+  int device_;
+  void* event_ = nullptr;
+};
 
 }  // namespace urlfast
 

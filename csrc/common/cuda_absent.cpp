@@ -22,5 +22,13 @@ void cuda_free(int, void*) noexcept {}
 void cuda_copy(int, void*, const void*, int64_t, CUstream_st*) { absent("device"); }
 void cuda_synchronize(int, CUstream_st*) { absent("device"); }
 void cuda_synchronize(int) { absent("device"); }
+void* cuda_allocate_host(int64_t) noexcept { return nullptr; }
+void cuda_free_host(void*) noexcept {}
+CudaEvent::CudaEvent(int device) : device_(device) { absent("device"); }
+CudaEvent::~CudaEvent() = default;
+void CudaEvent::record(CUstream_st*) { absent("device"); }
+void CudaEvent::order(CUstream_st*) const { absent("device"); }
+bool CudaEvent::passed() const { absent("device"); }
+void CudaEvent::wait() const { absent("device"); }
 
 }  // namespace urlfast

@@ -6,10 +6,13 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "common/tensor.hpp"
 #include "replay/replay_index.hpp"
+
+struct CUstream_st;  // what cudaStream_t points to
 
 namespace urlfast {
 
@@ -33,6 +36,7 @@ struct ReplayConfig {
   double gamma = 1.0;
   double priority_exponent = 0.0, importance_exponent = 0.0, eta = 0.9;
   uint64_t seed = 0;
+  Device device;
   bool file = false;  // columns in an unlinked file under `path` instead of memory
   std::string path;
   int64_t expected_rows = -1;  // rows that will be touched, for the check against free memory; -1: all
@@ -51,6 +55,7 @@ struct ReplayRows {
   struct Column {
     const void* data = nullptr;
     int64_t step = 0;
+    bool on_device = false;  // of a field, reward or priority; the flags are always the host's
   };
   int64_t count = 0;
   const int64_t* streams = nullptr;
@@ -79,6 +84,8 @@ struct MemoryShortage : std::runtime_error {
 
 // Safe to call from several threads: samplers take turns, and one of them never keeps an adder waiting unless the adder
 // would overwrite rows that are being read.
+// Arrays lie on the replay's device. On CUDA, add, sample and update_priorities queue their work on `stream` after all
+// that was queued before by other calls, and return; on the CPU it is null.
 class Replay {
  public:
   virtual ~Replay() = default;
@@ -87,15 +94,16 @@ class Replay {
   virtual int64_t size() = 0;        // rows held
   virtual int64_t sampleable() = 0;  // items that can be drawn
   virtual int64_t stale_updates() = 0;
+  virtual std::pair<uint64_t, uint64_t> totals() = 0;  // the tree's root, and the sum over its leaves: always equal
   virtual std::vector<ReplayOutput> layout(int64_t batch) const = 0;
 
   // Throws std::invalid_argument, and appends nothing, when is_first does not follow is_last.
-  virtual void add(const ReplayRows& rows) = 0;
+  virtual void add(const ReplayRows& rows, CUstream_st* stream) = 0;
   // out: one pointer for each entry of layout(batch).
-  virtual void sample(int64_t batch, void* const* out) = 0;
+  virtual void sample(int64_t batch, void* const* out, CUstream_st* stream) = 0;
   // td: (batch, steps), mask: the same or null. steps = 1 for n-step items, length - 1 - burn_in for sequences.
   virtual void update_priorities(int64_t batch, int64_t steps, const int64_t* indices, const float* td,
-                                 const bool* mask) = 0;
+                                 const bool* mask, CUstream_st* stream) = 0;
 
   // Writes the rows from `from` on (what is still held of them) to one file and everything else to another. An empty
   // rows_path: state alone. Both are synced; a file that could not be completed is removed.
@@ -109,5 +117,6 @@ class Replay {
 
 // Checks the configuration, then the memory it takes, then allocates.
 std::unique_ptr<Replay> make_replay_cpu(ReplayConfig config);
+std::unique_ptr<Replay> make_replay_cuda(ReplayConfig config);
 
 }  // namespace urlfast

@@ -13,6 +13,7 @@
 #include "common/check.hpp"
 #include "common/parallel.hpp"
 #include "replay/replay.hpp"
+#include "replay/replay_files.hpp"
 #include "replay/replay_storage.hpp"
 #include "replay/sum_tree.hpp"
 
@@ -24,7 +25,6 @@ constexpr int64_t kStreamRow = 1024;       // smaller rows lose by non-temporal 
 constexpr int64_t kStreamBatch = 1 << 20;  // as do batches that stay in L2
 constexpr int64_t kGrain = 1 << 17;        // bytes of a batch worth a thread
 constexpr uint64_t kPhiloxStream = uint64_t('R') << 56;
-constexpr char kRowsMagic[9] = "URLFRPR1", kStateMagic[9] = "URLFRPS1";
 
 // Past the caches: a batch larger than they are is not read before the next thing evicts it, and a store that bypasses
 // them saves reading the line it overwrites.
@@ -69,7 +69,7 @@ struct Item {
   bool terminated;
 };
 
-class ReplayCpu final : public Replay {
+class ReplayCpu final : public Replay, private ReplayMemory {
  public:
   explicit ReplayCpu(ReplayConfig config) : config_(std::move(config)) {
     ReplayShape& shape = config_.shape;
@@ -107,11 +107,14 @@ class ReplayCpu final : public Replay {
     reward_ = Pages(slots_ * 4);
     nodes_ = Pages(tree_.size() * 8);
     if (prioritised) given_ = Pages(slots_ * 4);
-    if (any_at_starts_) entries_ = Pages(slots_ * 4);
+    if (any_at_starts_) {
+      entry_of_slot_ = Pages(slots_ * 4);
+      entries_.of_slot = reinterpret_cast<int32_t*>(entry_of_slot_.data());
+    }
     tree_.nodes = reinterpret_cast<uint64_t*>(nodes_.data());
     index_ = std::make_unique<ReplayIndex>(shape, reinterpret_cast<uint8_t*>(flags_.data()));
-    loaded_from_.assign(size_t(shape.streams), 0);
-    loaded_to_.assign(size_t(shape.streams), 0);
+    loaded_.from.assign(size_t(shape.streams), 0);
+    loaded_.to.assign(size_t(shape.streams), 0);
   }
 
   const ReplayConfig& config() const override { return config_; }
@@ -130,44 +133,21 @@ class ReplayCpu final : public Replay {
   }
   int64_t stale_updates() override {
     std::lock_guard<std::mutex> lock(mutex_);
-    return stale_;
+    return counters_.stale;
   }
 
-  std::vector<ReplayOutput> layout(int64_t batch) const override {
-    const ReplayShape& shape = config_.shape;
-    const bool windows = shape.n_step > 0;
-    std::vector<ReplayOutput> out;
-    for (size_t i = 0; i < config_.fields.size(); ++i) {
-      const ReplayField& field = config_.fields[i];
-      ReplayOutput o{field.name, field.dtype, {batch}};
-      if (!windows && !field.at_starts) o.shape.push_back(shape.length + (stacked(i) ? shape.stack - 1 : 0));
-      o.shape.insert(o.shape.end(), field.shape.begin(), field.shape.end());
-      if (windows && stacked(i)) o.shape[1] *= shape.stack;
-      out.push_back(o);
-      if (windows && int(i) == config_.observation) {
-        o.name = "next_" + o.name;
-        out.push_back(o);
-      }
-    }
-    if (windows) {
-      out.push_back({"reward", DType::f32, {batch}});
-      out.push_back({"discount", DType::f32, {batch}});
-      out.push_back({"steps", DType::i64, {batch}});
-    } else {
-      out.push_back({"reward", DType::f32, {batch, shape.length}});
-      for (const char* name : {"terminated", "is_first", "is_last"})
-        out.push_back({name, DType::boolean, {batch, shape.length}});
-      out.push_back({"mask", DType::boolean, {batch, shape.length - 1}});
-    }
-    out.push_back({"indices", DType::i64, {batch}});
-    out.push_back({"probability", DType::f32, {batch}});
-    out.push_back({"weight", DType::f32, {batch}});
-    return out;
+  std::pair<uint64_t, uint64_t> totals() override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    uint64_t sum = 0;
+    for (int64_t i = 0; i < slots_; ++i) sum += tree_.leaf(i);
+    return {tree_.total(), sum};
   }
 
-  void add(const ReplayRows& rows) override {
+  std::vector<ReplayOutput> layout(int64_t batch) const override { return replay_layout(config_, batch); }
+
+  void add(const ReplayRows& rows, CUstream_st*) override {
     std::unique_lock<std::mutex> lock(mutex_);
-    check_rows(rows);
+    check_replay_rows(*index_, rows, scratch_);
     idle_.wait(lock, [&] { return !reading_ || !would_overwrite(rows); });
     for (int64_t i = 0; i < rows.count; ++i) {
       const int64_t s = rows.streams ? rows.streams[i] : i;
@@ -175,24 +155,24 @@ class ReplayCpu final : public Replay {
       for (size_t c = 0; c < columns_.size(); ++c) {
         if (config_.fields[c].at_starts) continue;
         const int64_t n = config_.fields[c].row_bytes();
-        copy_small(columns_[c].data() + slot * n, at<char>(rows.fields[c], i), size_t(n));
+        copy_small(columns_[c].data() + slot * n, replay_row<char>(rows.fields[c], i), size_t(n));
       }
-      reward()[slot] = *at<float>(rows.reward, i);
-      if (given()) given()[slot] = rows.priority.data ? *at<float>(rows.priority, i) : std::nanf("");
-      const uint8_t flags =
-          uint8_t((*at<bool>(rows.terminated, i) ? kTerminated : 0) | (*at<bool>(rows.is_first, i) ? kFirst : 0) |
-                  (*at<bool>(rows.is_last, i) ? kLast : 0));
+      reward()[slot] = *replay_row<float>(rows.reward, i);
+      if (given()) given()[slot] = rows.priority.data ? *replay_row<float>(rows.priority, i) : std::nanf("");
+      const uint8_t flags = uint8_t((*replay_row<bool>(rows.terminated, i) ? kTerminated : 0) |
+                                    (*replay_row<bool>(rows.is_first, i) ? kFirst : 0) |
+                                    (*replay_row<bool>(rows.is_last, i) ? kLast : 0));
       index_->append(s, flags, [&](int64_t t, bool ready) { change(s, t, ready); });
       if (!any_at_starts_) continue;
-      place_entry(slot);
-      if (entries()[slot] == 0) continue;
+      entries_.place(slot, uint8_t(flags_.data()[slot]));
+      if (entries_.of_slot[slot] == 0) continue;
       for (size_t c = 0; c < columns_.size(); ++c)
         if (config_.fields[c].at_starts)
-          std::memcpy(start_row(c, slot), at<char>(rows.fields[c], i), size_t(config_.fields[c].row_bytes()));
+          std::memcpy(start_row(c, slot), replay_row<char>(rows.fields[c], i), size_t(config_.fields[c].row_bytes()));
     }
   }
 
-  void sample(int64_t batch, void* const* out) override {
+  void sample(int64_t batch, void* const* out, CUstream_st*) override {
     std::lock_guard<std::mutex> turn(turn_);
     std::vector<Item> items(static_cast<size_t>(batch));
     const size_t outputs = layout(batch).size();
@@ -208,7 +188,7 @@ class ReplayCpu final : public Replay {
         throw std::invalid_argument(text("sample: nothing to sample yet: ", held, " rows held, and no complete ",
                                          config_.shape.n_step ? "transition" : "sequence", " among them"));
       }
-      const Philox rng{config_.seed, kPhiloxStream | draws_++};
+      const Philox rng{config_.seed, kPhiloxStream | counters_.draws++};
       float most = 0;
       for (int64_t i = 0; i < batch; ++i) {
         const int64_t slot = tree_.find(tree_draw(rng, uint64_t(i), total));
@@ -228,8 +208,8 @@ class ReplayCpu final : public Replay {
     end_reading();
   }
 
-  void update_priorities(int64_t batch, int64_t steps, const int64_t* indices, const float* td,
-                         const bool* mask) override {
+  void update_priorities(int64_t batch, int64_t steps, const int64_t* indices, const float* td, const bool* mask,
+                         CUstream_st*) override {
     const ReplayShape& shape = config_.shape;
     std::vector<double> priority(static_cast<size_t>(batch));
     std::lock_guard<std::mutex> lock(mutex_);
@@ -256,7 +236,7 @@ class ReplayCpu final : public Replay {
     for (int64_t i = 0; i < batch; ++i) {
       const int64_t s = indices[i] % shape.streams, t = indices[i] / shape.streams;
       if (!holds(s, t))
-        ++stale_;
+        ++counters_.stale;
       else if (priority[size_t(i)] >= 0 && given())
         tree_.set(index_->slot(s, t), leaf_of(priority[size_t(i)]));
     }
@@ -275,112 +255,40 @@ class ReplayCpu final : public Replay {
         saved.to.push_back(head);
         saved.from.push_back(std::clamp(from[size_t(s)], index_->tail(s), head));
       }
-      state = state_bytes();
+      state = replay_state(config_, *index_, counters_, tree_.nodes, given());
       begin_reading();
     }
     struct Reading {
       ReplayCpu* replay;
       ~Reading() { replay->end_reading(); }
     } reading{this};
-    FileWriter state_file(state_path);
-    state_file.write(state.data(), int64_t(state.size()));
-    if (!rows_path.empty()) {
-      FileWriter rows_file(rows_path);
-      write_rows(rows_file, saved);
-      rows_file.finish();
-      saved.rows_bytes = rows_file.bytes(), saved.rows_crc = rows_file.crc();
-    }
-    try {
-      state_file.finish();
-    } catch (...) {
-      if (!rows_path.empty()) unlink(rows_path.c_str());
-      throw;
-    }
-    saved.state_bytes = state_file.bytes(), saved.state_crc = state_file.crc();
+    write_replay(rows_path, state_path, config_, state, entries_.of_slot, *this, saved);
     return saved;
   }
 
   void load_rows(const std::string& path, const ReplaySaved& saved) override {
-    const ReplayShape& shape = config_.shape;
     std::lock_guard<std::mutex> lock(mutex_);
     FileReader file(path, saved.rows_bytes, saved.rows_crc);
-    check_header(file, kRowsMagic);
-    for (int64_t s = 0; s < shape.streams; ++s) {
-      int64_t range[2];
-      file.read(range, sizeof range);
-      if (range[0] != saved.from[size_t(s)] || range[1] != saved.to[size_t(s)] || range[0] < 0 || range[0] > range[1] ||
-          range[1] > (int64_t(1) << 40))
-        file.refuse("is damaged: it holds other rows than the manifest says");
-    }
-    for (int64_t s = 0; s < shape.streams; ++s) {
-      const int64_t begin = saved.from[size_t(s)], end = saved.to[size_t(s)];
-      if (begin < loaded_to_[size_t(s)]) file.refuse("is damaged: its rows are not newer than those before it");
-      if (begin > loaded_to_[size_t(s)]) loaded_from_[size_t(s)] = begin;
-      loaded_to_[size_t(s)] = end;
-      runs(s, begin, end, [&](int64_t slot, int64_t n) { file.read(flags_.data() + slot, n); });
-      runs(s, begin, end, [&](int64_t slot, int64_t n) { file.read(reward() + slot, n * 4); });
-      for (size_t c = 0; c < columns_.size(); ++c) {
-        const int64_t bytes = config_.fields[c].row_bytes();
-        if (!config_.fields[c].at_starts)
-          runs(s, begin, end,
-               [&](int64_t slot, int64_t n) { file.read(columns_[c].data() + slot * bytes, n * bytes); });
-      }
-      if (!any_at_starts_) continue;
-      for (int64_t t = begin; t < end; ++t) place_entry(index_->slot(s, t));
-      for (size_t c = 0; c < columns_.size(); ++c)
-        for (int64_t t = begin; config_.fields[c].at_starts && t < end; ++t)
-          if (entries()[index_->slot(s, t)]) file.read(start_row(c, index_->slot(s, t)), config_.fields[c].row_bytes());
-    }
-    file.finish();
+    read_replay_rows(file, config_, saved, entries_.of_slot, loaded_, *this);
   }
 
   void load_state(const std::string& path, const ReplaySaved& saved) override {
-    const ReplayShape& shape = config_.shape;
     std::lock_guard<std::mutex> lock(mutex_);
     FileReader file(path, saved.state_bytes, saved.state_crc);
-    check_header(file, kStateMagic);
-    file.read(&draws_, 8);
-    file.read(&stale_, 8);
-    file.read(&max_priority_, 8);
-    if (!(max_priority_ > 0) || !std::isfinite(max_priority_))
-      file.refuse("is damaged: its highest priority is not one");
-    for (int64_t s = 0; s < shape.streams; ++s) {
-      StreamState& stream = index_->streams()[size_t(s)];
-      file.read(&stream, sizeof stream);
-      const int64_t tail = index_->tail(s);
-      if (stream.head < 0 || stream.head != loaded_to_[size_t(s)] ||
-          (stream.head > 0 && loaded_from_[size_t(s)] > tail) || stream.episode < 0 || stream.episode > stream.head ||
-          stream.pending < tail || stream.pending > stream.head + shape.stride)
-        file.refuse("is damaged: it does not fit the rows that were loaded");
-      std::vector<uint8_t> ready(size_t(stream.head - tail + 7) / 8);
-      file.read(ready.data(), int64_t(ready.size()));
-      for (int64_t t = tail; t < stream.head; ++t) {
-        if (!(ready[size_t(t - tail) / 8] >> ((t - tail) & 7) & 1)) continue;
-        uint64_t leaf = 1;
-        if (given()) file.read(&leaf, 8);
-        if (leaf == 0 || leaf > (uint64_t(1) << 63) / uint64_t(slots_))
-          file.refuse("is damaged: a priority is out of range");
-        tree_.set(index_->slot(s, t), leaf);
-        ++items_;
-      }
-      if (given())
-        runs(s, std::min(stream.pending, stream.head), stream.head,
-             [&](int64_t slot, int64_t n) { file.read(given() + slot, n * 4); });
-    }
-    file.finish();
+    const Pages pages(slots_ * 8);  // touched only where rows are held
+    auto* leaves = reinterpret_cast<uint64_t*>(pages.data());
+    read_replay_state(file, config_, loaded_, *index_, counters_, leaves, given());
+    for (int64_t s = 0; s < config_.shape.streams; ++s)
+      for (int64_t t = index_->tail(s); t < index_->head(s); ++t)
+        if (const int64_t slot = index_->slot(s, t); leaves[slot]) tree_.set(slot, leaves[slot]), ++items_;
   }
 
  private:
   float* reward() const { return reinterpret_cast<float*>(reward_.data()); }
   float* given() const { return reinterpret_cast<float*>(given_.data()); }
-  int32_t* entries() const { return reinterpret_cast<int32_t*>(entries_.data()); }  // 1 + the entry; 0: none
   bool stacked(size_t field) const { return int(field) == config_.observation && config_.shape.stack > 1; }
   char* start_row(size_t c, int64_t slot) const {
-    return columns_[c].data() + int64_t(entries()[slot] - 1) * config_.fields[c].row_bytes();
-  }
-  template <class T>
-  static const T* at(const ReplayRows::Column& column, int64_t i) {
-    return reinterpret_cast<const T*>(static_cast<const char*>(column.data) + i * column.step);
+    return columns_[c].data() + int64_t(entries_.of_slot[slot] - 1) * config_.fields[c].row_bytes();
   }
 
   int64_t memory_bytes(int64_t slots) const {
@@ -414,28 +322,6 @@ class ReplayCpu final : public Replay {
                               "; use a smaller capacity", config_.file ? "" : ", or storage='file'"));
   }
 
-  void check_rows(const ReplayRows& rows) {
-    const int64_t streams = config_.shape.streams;
-    scratch_.assign(size_t(streams), -1);  // flags of the row before, where this call brought it
-    for (int64_t i = 0; i < rows.count; ++i) {
-      const int64_t s = rows.streams ? rows.streams[i] : i;
-      require(s >= 0 && s < streams, "streams", "must lie in 0..", streams - 1, ", got ", s);
-      const bool first = *at<bool>(rows.is_first, i);
-      const int64_t head = index_->head(s);
-      const bool opened = scratch_[size_t(s)] >= 0 || head > 0;
-      const bool closed =
-          scratch_[size_t(s)] >= 0 ? scratch_[size_t(s)] != 0 : opened && (index_->flags(s)[head - 1] & kLast) != 0;
-      require(first || opened, "is_first", "must be True in the first row of a stream; stream ", s, " has none yet");
-      require(first || !closed, "is_first", "must be True in the row after an is_last; in stream ", s, " it is not");
-      scratch_[size_t(s)] = *at<bool>(rows.is_last, i) ? 1 : 0;
-      if (rows.priority.data) {
-        const float p = *at<float>(rows.priority, i);
-        require(std::isnan(p) || (p >= 0 && std::isfinite(p)), "priority",
-                "must be finite and not negative, or NaN for the highest seen, got ", p);
-      }
-    }
-  }
-
   bool would_overwrite(const ReplayRows& rows) {
     const ReplayShape& shape = config_.shape;
     counts_.assign(size_t(shape.streams), 0);
@@ -462,7 +348,7 @@ class ReplayCpu final : public Replay {
   bool holds(int64_t s, int64_t t) const { return t >= index_->tail(s) && tree_.leaf(index_->slot(s, t)) != 0; }
 
   uint64_t leaf_of(double priority) {
-    max_priority_ = std::max(max_priority_, priority);
+    counters_.max_priority = std::max(counters_.max_priority, priority);
     return tree_weight(std::pow(priority, config_.priority_exponent), slots_);
   }
 
@@ -470,25 +356,9 @@ class ReplayCpu final : public Replay {
     const int64_t slot = index_->slot(s, t);
     const bool was = tree_.leaf(slot) != 0;
     uint64_t leaf = ready ? 1 : 0;
-    if (ready && given()) leaf = leaf_of(std::isnan(given()[slot]) ? max_priority_ : double(given()[slot]));
+    if (ready && given()) leaf = leaf_of(std::isnan(given()[slot]) ? counters_.max_priority : double(given()[slot]));
     tree_.set(slot, leaf);
     items_ += int64_t(leaf != 0) - int64_t(was);
-  }
-
-  // Gives the slot an entry in the columns kept at starts if its row is one, and takes back the one its last row had.
-  // Freed entries are used first, so that only as many pages are touched as there ever were starts at one time.
-  void place_entry(int64_t slot) {
-    if (int32_t& entry = entries()[slot]) {
-      free_entries_.push_back(entry);
-      entry = 0;
-    }
-    if (!(uint8_t(flags_.data()[slot]) & kStart)) return;
-    if (free_entries_.empty()) {
-      entries()[slot] = ++last_entry_;
-    } else {
-      entries()[slot] = free_entries_.back();
-      free_entries_.pop_back();
-    }
   }
 
   Item describe(int64_t slot) const {
@@ -504,7 +374,7 @@ class ReplayCpu final : public Replay {
     } else {
       item.rows = sequence_rows(flags, item.t, shape.length, shape.cross_episodes);
     }
-    if (any_at_starts_) item.entry = entries()[slot] - 1;
+    if (any_at_starts_) item.entry = entries_.of_slot[slot] - 1;
     return item;
   }
 
@@ -627,95 +497,35 @@ class ReplayCpu final : public Replay {
     }
   }
 
-  // Files
-  // ---------------------------------------------------------------------------------------------------------------
-  void write_header(FileWriter& file, const char* magic) const {
-    const ReplayShape& shape = config_.shape;
-    file.write(magic, 8);
-    const int64_t numbers[] = {shape.streams, shape.rows, shape.ring, int64_t(columns_.size())};
-    file.write(numbers, sizeof numbers);
+  // n rows of a column from a slot on; of one kept at starts, from an entry on.
+  std::pair<char*, int64_t> memory(int column, int64_t from, int64_t rows) const {
+    if (column == kFlagsColumn) return {flags_.data() + from, rows};
+    if (column == kRewardColumn) return {reward_.data() + from * 4, rows * 4};
+    const int64_t bytes = config_.fields[size_t(column)].row_bytes();
+    return {columns_[size_t(column)].data() + from * bytes, rows * bytes};
   }
-  void check_header(FileReader& file, const char* magic) const {
-    const ReplayShape& shape = config_.shape;
-    char name[8];
-    int64_t numbers[4];
-    file.read(name, 8);
-    if (std::memcmp(name, magic, 8) != 0) file.refuse("is not a file of a saved replay");
-    file.read(numbers, sizeof numbers);
-    if (numbers[0] != shape.streams || numbers[1] != shape.rows || numbers[2] != shape.ring ||
-        numbers[3] != int64_t(columns_.size()))
-      file.refuse("was saved by a replay of another shape");
+  void write_to(FileWriter& file, int column, int64_t from, int64_t rows) override {
+    const auto [data, bytes] = memory(column, from, rows);
+    file.write(data, bytes);
   }
-
-  void write_rows(FileWriter& file, const ReplaySaved& saved) const {
-    write_header(file, kRowsMagic);
-    for (size_t s = 0; s < saved.from.size(); ++s) {
-      const int64_t range[2] = {saved.from[s], saved.to[s]};
-      file.write(range, sizeof range);
-    }
-    for (int64_t s = 0; s < config_.shape.streams; ++s) {
-      const int64_t begin = saved.from[size_t(s)], end = saved.to[size_t(s)];
-      runs(s, begin, end, [&](int64_t slot, int64_t n) { file.write(flags_.data() + slot, n); });
-      runs(s, begin, end, [&](int64_t slot, int64_t n) { file.write(reward() + slot, n * 4); });
-      for (size_t c = 0; c < columns_.size(); ++c) {
-        const int64_t bytes = config_.fields[c].row_bytes();
-        if (!config_.fields[c].at_starts)
-          runs(s, begin, end,
-               [&](int64_t slot, int64_t n) { file.write(columns_[c].data() + slot * bytes, n * bytes); });
-      }
-      for (size_t c = 0; c < columns_.size(); ++c)
-        for (int64_t t = begin; config_.fields[c].at_starts && t < end; ++t)
-          if (entries()[index_->slot(s, t)])
-            file.write(start_row(c, index_->slot(s, t)), config_.fields[c].row_bytes());
-    }
+  void read_from(FileReader& file, int column, int64_t from, int64_t rows) override {
+    const auto [data, bytes] = memory(column, from, rows);
+    file.read(data, bytes);
   }
-
-  std::vector<char> state_bytes() const {  // with mutex_ held
-    const ReplayShape& shape = config_.shape;
-    std::vector<char> out;
-    auto put = [&](const void* data, size_t n) {
-      out.insert(out.end(), static_cast<const char*>(data), static_cast<const char*>(data) + n);
-    };
-    const int64_t numbers[] = {shape.streams, shape.rows, shape.ring, int64_t(columns_.size())};
-    put(kStateMagic, 8);
-    put(numbers, sizeof numbers);
-    put(&draws_, 8);
-    put(&stale_, 8);
-    put(&max_priority_, 8);
-    for (int64_t s = 0; s < shape.streams; ++s) {
-      const StreamState& stream = index_->streams()[size_t(s)];
-      put(&stream, sizeof stream);
-      const int64_t tail = index_->tail(s);
-      std::vector<uint8_t> ready(size_t(stream.head - tail + 7) / 8);
-      std::vector<uint64_t> leaves;
-      for (int64_t t = tail; t < stream.head; ++t) {
-        const uint64_t leaf = tree_.leaf(index_->slot(s, t));
-        if (leaf == 0) continue;
-        ready[size_t(t - tail) / 8] |= uint8_t(1 << ((t - tail) & 7));
-        if (given()) leaves.push_back(leaf);
-      }
-      put(ready.data(), ready.size());
-      put(leaves.data(), leaves.size() * 8);
-      if (given())
-        runs(s, std::min(stream.pending, stream.head), stream.head,
-             [&](int64_t slot, int64_t n) { put(given() + slot, size_t(n) * 4); });
-    }
-    return out;
-  }
+  void loading(int64_t slot) override { entries_.place(slot, uint8_t(flags_.data()[slot])); }
 
   ReplayConfig config_;
   int64_t slots_ = 0;
   bool any_at_starts_ = false;
   std::vector<Pages> columns_;
-  Pages flags_, reward_, nodes_, given_, entries_;
+  Pages flags_, reward_, nodes_, given_, entry_of_slot_;
   std::unique_ptr<ReplayIndex> index_;
   SumTree tree_;
-  int64_t items_ = 0, stale_ = 0;
-  double max_priority_ = 1.0;
-  uint64_t draws_ = 0;
-  std::vector<int32_t> free_entries_;
-  int32_t last_entry_ = 0;
-  std::vector<int64_t> scratch_, counts_, loaded_from_, loaded_to_;
+  int64_t items_ = 0;
+  ReplayCounters counters_;
+  ReplayEntries entries_;
+  std::vector<int64_t> scratch_, counts_;
+  ReplayLoaded loaded_;
 
   std::mutex turn_;   // one reader of rows at a time
   std::mutex mutex_;  // everything but the rows of a reader; taken after turn_

@@ -38,6 +38,12 @@ struct FlagRing {
   URLFAST_HD uint8_t operator[](int64_t t) const { return flags[t % ring]; }
 };
 
+// The newest row of a stream that lies at `position` in its ring; negative where none does.
+URLFAST_HD static inline int64_t row_at(int64_t head, int64_t position, int64_t ring) {
+  const int64_t back = (head - 1 - position) % ring;
+  return head - 1 - (back < 0 ? back + ring : back);
+}
+
 // Earlier frames that belong to row t's stack: at most `stack` - 1, none before the episode's first row.
 URLFAST_HD static inline int64_t frames_before(FlagRing flags, int64_t t, int64_t stack) {
   int64_t n = 0;
@@ -72,6 +78,17 @@ URLFAST_HD static inline int64_t sequence_rows(FlagRing flags, int64_t t, int64_
   return k;
 }
 
+// body(slot, n) for the one or two contiguous pieces of rows [begin, end) of a stream.
+template <class Body>
+void for_runs(const ReplayShape& shape, int64_t s, int64_t begin, int64_t end, Body&& body) {
+  while (begin < end) {
+    const int64_t position = begin % shape.ring;
+    const int64_t n = end - begin < shape.ring - position ? end - begin : shape.ring - position;
+    body(s * shape.ring + position, n);
+    begin += n;
+  }
+}
+
 // What one stream is doing. Everything a resumed replay needs besides the flags themselves.
 struct StreamState {
   int64_t head = 0;     // rows ever appended
@@ -92,11 +109,7 @@ class ReplayIndex {
   int64_t tail(int64_t s) const { return head(s) > shape_.rows ? head(s) - shape_.rows : 0; }
   int64_t slot(int64_t s, int64_t t) const { return s * shape_.ring + t % shape_.ring; }
   // The newest row of stream slot / ring that lies in this slot.
-  int64_t row_of_slot(int64_t slot) const {
-    const int64_t newest = head(slot / shape_.ring) - 1;
-    const int64_t back = (newest - slot % shape_.ring) % shape_.ring;
-    return newest - (back < 0 ? back + shape_.ring : back);
-  }
+  int64_t row_of_slot(int64_t slot) const { return row_at(head(slot / shape_.ring), slot % shape_.ring, shape_.ring); }
 
   // Appends a row with these flags and calls change(t, ready) for every start of the stream that it completes (true) or
   // that loses a row it needs (false).
