@@ -60,6 +60,44 @@ void copy_small(char* to, const char* from, size_t bytes) {
     std::memcpy(to, from, bytes);
 }
 
+struct Errors {
+  double sum = 0;  // not finite when one of them is not
+  float most = 0;
+  int64_t count = 0;
+};
+
+// Eight lanes, so that the compiler need not reorder sums to use its vectors; the order is the same on every machine.
+Errors errors_in(const float* td, int64_t n) {
+  constexpr int kLanes = 8;
+  double sum[kLanes] = {};
+  float most[kLanes] = {};
+  int64_t j = 0;
+  for (; j + kLanes <= n; j += kLanes)
+    for (int l = 0; l < kLanes; ++l) {
+      const float d = std::fabs(td[j + l]);
+      sum[l] += double(d);
+      most[l] = most[l] > d ? most[l] : d;
+    }
+  for (; j < n; ++j) {
+    const float d = std::fabs(td[j]);
+    sum[j % kLanes] += double(d);
+    most[j % kLanes] = most[j % kLanes] > d ? most[j % kLanes] : d;
+  }
+  Errors e{0, 0, n};
+  for (int l = 0; l < kLanes; ++l) e.sum += sum[l], e.most = e.most > most[l] ? e.most : most[l];
+  return e;
+}
+
+Errors errors_where(const float* td, const bool* mask, int64_t n) {
+  Errors e;
+  for (int64_t j = 0; j < n; ++j) {
+    if (!mask[j]) continue;
+    const float d = std::fabs(td[j]);
+    e.sum += double(d), e.most = e.most > d ? e.most : d, ++e.count;
+  }
+  return e;
+}
+
 struct Item {
   int64_t stream, t;
   int64_t rows;        // of the sequence; steps of the n-step window
@@ -110,6 +148,7 @@ class ReplayCpu final : public Replay {
     if (any_at_starts_) entries_ = Pages(slots_ * 4);
     tree_.nodes = reinterpret_cast<uint64_t*>(nodes_.data());
     index_ = std::make_unique<ReplayIndex>(shape, reinterpret_cast<uint8_t*>(flags_.data()));
+    outputs_ = layout(1).size();
     loaded_from_.assign(size_t(shape.streams), 0);
     loaded_to_.assign(size_t(shape.streams), 0);
   }
@@ -131,6 +170,13 @@ class ReplayCpu final : public Replay {
   int64_t stale_updates() override {
     std::lock_guard<std::mutex> lock(mutex_);
     return stale_;
+  }
+
+  std::pair<uint64_t, uint64_t> totals() override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    uint64_t sum = 0;
+    for (int64_t i = 0; i < slots_; ++i) sum += tree_.leaf(i);
+    return {tree_.total(), sum};
   }
 
   std::vector<ReplayOutput> layout(int64_t batch) const override {
@@ -168,37 +214,40 @@ class ReplayCpu final : public Replay {
   void add(const ReplayRows& rows) override {
     std::unique_lock<std::mutex> lock(mutex_);
     check_rows(rows);
-    idle_.wait(lock, [&] { return !reading_ || !would_overwrite(rows); });
+    if (reading_ && would_overwrite(rows)) {
+      idle_.wait(lock, [&] { return !reading_ || !would_overwrite(rows); });
+      check_rows(rows);  // another adder may have come first
+    }
     for (int64_t i = 0; i < rows.count; ++i) {
       const int64_t s = rows.streams ? rows.streams[i] : i;
       const int64_t slot = index_->slot(s, index_->head(s));
       for (size_t c = 0; c < columns_.size(); ++c) {
         if (config_.fields[c].at_starts) continue;
         const int64_t n = config_.fields[c].row_bytes();
-        copy_small(columns_[c].data() + slot * n, at<char>(rows.fields[c], i), size_t(n));
+        copy_small(columns_[c].data() + slot * n, rows.fields[c].row<char>(i), size_t(n));
       }
-      reward()[slot] = *at<float>(rows.reward, i);
-      if (given()) given()[slot] = rows.priority.data ? *at<float>(rows.priority, i) : std::nanf("");
+      reward()[slot] = *rows.reward.row<float>(i);
+      if (given()) given()[slot] = rows.priority.data ? *rows.priority.row<float>(i) : std::nanf("");
       const uint8_t flags =
-          uint8_t((*at<bool>(rows.terminated, i) ? kTerminated : 0) | (*at<bool>(rows.is_first, i) ? kFirst : 0) |
-                  (*at<bool>(rows.is_last, i) ? kLast : 0));
+          uint8_t((*rows.terminated.row<bool>(i) ? kTerminated : 0) | (*rows.is_first.row<bool>(i) ? kFirst : 0) |
+                  (*rows.is_last.row<bool>(i) ? kLast : 0));
       index_->append(s, flags, [&](int64_t t, bool ready) { change(s, t, ready); });
       if (!any_at_starts_) continue;
       place_entry(slot);
       if (entries()[slot] == 0) continue;
       for (size_t c = 0; c < columns_.size(); ++c)
         if (config_.fields[c].at_starts)
-          std::memcpy(start_row(c, slot), at<char>(rows.fields[c], i), size_t(config_.fields[c].row_bytes()));
+          std::memcpy(start_row(c, slot), rows.fields[c].row<char>(i), size_t(config_.fields[c].row_bytes()));
     }
   }
 
   void sample(int64_t batch, void* const* out) override {
     std::lock_guard<std::mutex> turn(turn_);
-    std::vector<Item> items(static_cast<size_t>(batch));
-    const size_t outputs = layout(batch).size();
-    auto* indices = static_cast<int64_t*>(out[outputs - 3]);
-    auto* probability = static_cast<float*>(out[outputs - 2]);
-    auto* weight = static_cast<float*>(out[outputs - 1]);
+    std::vector<Item>& items = drawn_;
+    items.resize(static_cast<size_t>(batch));
+    auto* indices = static_cast<int64_t*>(out[outputs_ - 3]);
+    auto* probability = static_cast<float*>(out[outputs_ - 2]);
+    auto* weight = static_cast<float*>(out[outputs_ - 1]);
     {
       std::lock_guard<std::mutex> lock(mutex_);
       const uint64_t total = tree_.total();
@@ -228,37 +277,31 @@ class ReplayCpu final : public Replay {
     end_reading();
   }
 
-  void update_priorities(int64_t batch, int64_t steps, const int64_t* indices, const float* td,
-                         const bool* mask) override {
+  void update_priorities(int64_t batch, int64_t steps, ReplayColumn indices, ReplayColumn td,
+                         ReplayColumn mask) override {
     const ReplayShape& shape = config_.shape;
-    std::vector<double> priority(static_cast<size_t>(batch));
     std::lock_guard<std::mutex> lock(mutex_);
+    update_.resize(static_cast<size_t>(batch));
     for (int64_t i = 0; i < batch; ++i) {
-      const int64_t s = indices[i] % shape.streams, t = indices[i] / shape.streams;
-      require(indices[i] >= 0 && t < index_->head(s), "indices", "must be those of a sampled batch, got ", indices[i]);
-      priority[size_t(i)] = -1;
-      if (!holds(s, t)) continue;
-      const FlagRing flags = index_->flags(s);
-      const int64_t rows = shape.n_step ? 2 : sequence_rows(flags, t, shape.length, shape.cross_episodes);
-      double most = 0, sum = 0;
-      int64_t n = 0;
-      for (int64_t j = 0; j < steps; ++j) {
-        const int64_t step = shape.burn_in + j;
-        const bool real = mask ? mask[i * steps + j]
-                               : step + 1 < rows && (!shape.cross_episodes || transition_exists(flags, t + step));
-        if (!real) continue;
-        const double d = std::fabs(double(td[i * steps + j]));
-        require(std::isfinite(d), "td", "must be finite where the mask is set, got ", td[i * steps + j], " in row ", i);
-        most = std::max(most, d), sum += d, ++n;
-      }
-      if (n) priority[size_t(i)] = shape.n_step ? most : config_.eta * most + (1 - config_.eta) * sum / double(n);
+      const int64_t index = *indices.row<int64_t>(i), s = index % shape.streams, t = index / shape.streams;
+      require(index >= 0 && t < index_->head(s), "indices", "must be those of a sampled batch, got ", index);
+      Update& update = update_[size_t(i)];
+      update.priority = -1;
+      update.slot = -1;
+      if (t < index_->tail(s) || tree_.leaf(index_->slot(s, t)) == 0) continue;
+      update.slot = index_->slot(s, t);
+      const Errors e = mask.data ? errors_where(td.row<float>(i), mask.row<bool>(i), steps)
+                                 : errors_of(td.row<float>(i), steps, index_->flags(s), t);
+      require(std::isfinite(e.sum), "td", "must be finite where it counts, got NaN or infinity in row ", i);
+      if (e.count)
+        update.priority =
+            shape.n_step ? double(e.most) : config_.eta * double(e.most) + (1 - config_.eta) * e.sum / double(e.count);
     }
-    for (int64_t i = 0; i < batch; ++i) {
-      const int64_t s = indices[i] % shape.streams, t = indices[i] / shape.streams;
-      if (!holds(s, t))
+    for (const Update& update : update_) {
+      if (update.slot < 0)
         ++stale_;
-      else if (priority[size_t(i)] >= 0 && given())
-        tree_.set(index_->slot(s, t), leaf_of(priority[size_t(i)]));
+      else if (update.priority >= 0 && given())
+        tree_.set(update.slot, leaf_of(update.priority));
     }
   }
 
@@ -378,11 +421,6 @@ class ReplayCpu final : public Replay {
   char* start_row(size_t c, int64_t slot) const {
     return columns_[c].data() + int64_t(entries()[slot] - 1) * config_.fields[c].row_bytes();
   }
-  template <class T>
-  static const T* at(const ReplayRows::Column& column, int64_t i) {
-    return reinterpret_cast<const T*>(static_cast<const char*>(column.data) + i * column.step);
-  }
-
   int64_t memory_bytes(int64_t slots) const {
     const ReplayShape& shape = config_.shape;
     int64_t per_row = 1 + 4 + (config_.priority_exponent > 0 ? 4 : 0) + (any_at_starts_ ? 4 : 0);
@@ -420,16 +458,16 @@ class ReplayCpu final : public Replay {
     for (int64_t i = 0; i < rows.count; ++i) {
       const int64_t s = rows.streams ? rows.streams[i] : i;
       require(s >= 0 && s < streams, "streams", "must lie in 0..", streams - 1, ", got ", s);
-      const bool first = *at<bool>(rows.is_first, i);
+      const bool first = *rows.is_first.row<bool>(i);
       const int64_t head = index_->head(s);
       const bool opened = scratch_[size_t(s)] >= 0 || head > 0;
       const bool closed =
           scratch_[size_t(s)] >= 0 ? scratch_[size_t(s)] != 0 : opened && (index_->flags(s)[head - 1] & kLast) != 0;
       require(first || opened, "is_first", "must be True in the first row of a stream; stream ", s, " has none yet");
       require(first || !closed, "is_first", "must be True in the row after an is_last; in stream ", s, " it is not");
-      scratch_[size_t(s)] = *at<bool>(rows.is_last, i) ? 1 : 0;
+      scratch_[size_t(s)] = *rows.is_last.row<bool>(i) ? 1 : 0;
       if (rows.priority.data) {
-        const float p = *at<float>(rows.priority, i);
+        const float p = *rows.priority.row<float>(i);
         require(std::isnan(p) || (p >= 0 && std::isfinite(p)), "priority",
                 "must be finite and not negative, or NaN for the highest seen, got ", p);
       }
@@ -459,7 +497,27 @@ class ReplayCpu final : public Replay {
     idle_.notify_all();
   }
 
-  bool holds(int64_t s, int64_t t) const { return t >= index_->tail(s) && tree_.leaf(index_->slot(s, t)) != 0; }
+  struct Update {
+    int64_t slot;     // -1: the item is gone
+    double priority;  // -1: as it is
+  };
+
+  // The errors of the transitions that exist after the burn-in of the item at t.
+  Errors errors_of(const float* td, int64_t steps, FlagRing flags, int64_t t) const {
+    const ReplayShape& shape = config_.shape;
+    if (shape.n_step) return errors_in(td, 1);
+    if (!shape.cross_episodes) {
+      const int64_t rows = sequence_rows(flags, t, shape.length, false);
+      return errors_in(td, std::min(steps, rows - 1 - shape.burn_in));
+    }
+    Errors e;
+    for (int64_t j = 0; j < steps; ++j)
+      if (transition_exists(flags, t + shape.burn_in + j)) {
+        const float d = std::fabs(td[j]);
+        e.sum += double(d), e.most = e.most > d ? e.most : d, ++e.count;
+      }
+    return e;
+  }
 
   uint64_t leaf_of(double priority) {
     max_priority_ = std::max(max_priority_, priority);
@@ -715,6 +773,9 @@ class ReplayCpu final : public Replay {
   uint64_t draws_ = 0;
   std::vector<int32_t> free_entries_;
   int32_t last_entry_ = 0;
+  std::vector<Update> update_;
+  std::vector<Item> drawn_;
+  size_t outputs_ = 0;
   std::vector<int64_t> scratch_, counts_, loaded_from_, loaded_to_;
 
   std::mutex turn_;   // one reader of rows at a time
