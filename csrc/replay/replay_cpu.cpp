@@ -100,6 +100,7 @@ Errors errors_where(const float* td, const bool* mask, int64_t n) {
 
 struct Item {
   int64_t stream, t;
+  int64_t place;       // t % ring
   int64_t rows;        // of the sequence; steps of the n-step window
   int64_t before;      // frames of the stack before t that its episode has
   int64_t before_end;  // the same for the row `rows` steps later (n-step)
@@ -554,6 +555,7 @@ class ReplayCpu final : public Replay {
     Item item{};
     item.stream = slot / shape.ring;
     item.t = index_->row_of_slot(slot);
+    item.place = slot % shape.ring;
     const FlagRing flags = index_->flags(item.stream);
     item.before = frames_before(flags, item.t, shape.stack);
     if (shape.n_step) {
@@ -569,25 +571,30 @@ class ReplayCpu final : public Replay {
   // body(slot, n) for the one or two contiguous pieces of rows [begin, end) of a stream.
   template <class Body>
   void runs(int64_t s, int64_t begin, int64_t end, Body&& body) const {
+    if (begin < end) pieces(s, begin % config_.shape.ring, end - begin, body);
+  }
+  // The same for `count` rows from `place`, which may lie one turn of the ring too low or too high.
+  template <class Body>
+  void pieces(int64_t s, int64_t place, int64_t count, Body&& body) const {
     const int64_t ring = config_.shape.ring;
-    while (begin < end) {
-      const int64_t position = begin % ring, n = std::min(end - begin, ring - position);
-      body(s * ring + position, n);
-      begin += n;
-    }
+    if (place < 0) place += ring;
+    if (place >= ring) place -= ring;
+    const int64_t n = std::min(count, ring - place);
+    body(s * ring + place, n);
+    if (n < count) body(s * ring, count - n);
   }
 
-  // Rows [begin, end) of a column to `to`, `zeros` rows of zeros in front of them and zeros behind up to `total` rows;
-  // of all that, only the part [part_begin, part_end).
-  void copy_padded(char* to, size_t column, int64_t s, int64_t begin, int64_t end, int64_t zeros, int64_t part_begin,
+  // To `to`: `zeros` rows of zeros, `count` rows of a column from `place` on, zeros again; of all that, only the rows
+  // [part_begin, part_end).
+  void copy_padded(char* to, size_t column, int64_t s, int64_t place, int64_t count, int64_t zeros, int64_t part_begin,
                    int64_t part_end, bool past_caches) const {
     const int64_t bytes = config_.fields[column].row_bytes();
-    const int64_t first = std::max(part_begin, zeros), last = std::min(part_end, zeros + end - begin);
+    const int64_t first = std::max(part_begin, zeros), last = std::min(part_end, zeros + count);
     if (part_begin < zeros)
       std::memset(to + part_begin * bytes, 0, size_t((std::min(zeros, part_end) - part_begin) * bytes));
     char* next = to + first * bytes;
     if (first < last)
-      runs(s, begin + first - zeros, begin + last - zeros, [&](int64_t slot, int64_t n) {
+      pieces(s, place + first - zeros, last - first, [&](int64_t slot, int64_t n) {
         const char* from = columns_[column].data() + slot * bytes;
         if (past_caches)
           copy_past_caches(next, from, size_t(n * bytes));
@@ -595,7 +602,7 @@ class ReplayCpu final : public Replay {
           copy_small(next, from, size_t(n * bytes));
         next += n * bytes;
       });
-    const int64_t tail = std::max(part_begin, zeros + end - begin);
+    const int64_t tail = std::max(part_begin, zeros + count);
     if (tail < part_end) std::memset(to + tail * bytes, 0, size_t((part_end - tail) * bytes));
   }
 
@@ -633,19 +640,18 @@ class ReplayCpu final : public Replay {
       char* to = static_cast<char*>(*out++) + i * frames * bytes;
       char* next = observed ? static_cast<char*>(*out++) + i * frames * bytes : nullptr;
       const bool past_caches = large && bytes >= kStreamRow;
+      const int64_t before = frames > 1 ? item.before : 0, before_end = frames > 1 ? item.before_end : 0;
       if (slice == 0)
-        copy_padded(to, c, item.stream, item.t - (frames > 1 ? item.before : 0), item.t + 1,
-                    frames > 1 ? frames - 1 - item.before : 0, 0, frames, past_caches);
+        copy_padded(to, c, item.stream, item.place - before, before + 1, frames - 1 - before, 0, frames, past_caches);
       else if (observed)
-        copy_padded(next, c, item.stream, item.t + item.rows - (frames > 1 ? item.before_end : 0),
-                    item.t + item.rows + 1, frames > 1 ? frames - 1 - item.before_end : 0, 0, frames, past_caches);
+        copy_padded(next, c, item.stream, item.place + item.rows - before_end, before_end + 1, frames - 1 - before_end,
+                    0, frames, past_caches);
     }
     if (slice != 0) return;
     double sum = 0, discount = 1;
-    for (int64_t j = 0; j < item.rows; ++j) {
-      sum += discount * double(reward()[index_->slot(item.stream, item.t + j)]);
-      discount *= config_.gamma;
-    }
+    pieces(item.stream, item.place, item.rows, [&](int64_t slot, int64_t n) {
+      for (int64_t j = 0; j < n; ++j) sum += discount * double(reward()[slot + j]), discount *= config_.gamma;
+    });
     static_cast<float*>(out[0])[i] = float(sum);
     static_cast<float*>(out[1])[i] = item.terminated ? 0.f : float(discount);
     static_cast<int64_t*>(out[2])[i] = item.rows;
@@ -662,7 +668,7 @@ class ReplayCpu final : public Replay {
       }
       const int64_t extra = stacked(c) ? shape.stack - 1 : 0, before = stacked(c) ? item.before : 0;
       const int64_t total = shape.length + extra;
-      copy_padded(to + i * total * bytes, c, item.stream, item.t - before, item.t + item.rows, extra - before,
+      copy_padded(to + i * total * bytes, c, item.stream, item.place - before, before + item.rows, extra - before,
                   total * slice / slices, total * (slice + 1) / slices, large && bytes >= kStreamRow);
     }
     if (slice != slices - 1) return;
@@ -674,7 +680,8 @@ class ReplayCpu final : public Replay {
     uint8_t previous = kLast;
     for (int64_t j = 0; j < shape.length; ++j) {
       const bool real = j < item.rows;
-      const int64_t slot = index_->slot(item.stream, item.t + (real ? j : 0));
+      const int64_t place = real ? item.place + j : item.place;
+      const int64_t slot = item.stream * shape.ring + (place < shape.ring ? place : place - shape.ring);
       const uint8_t flags = real ? uint8_t(flags_.data()[slot]) : 0;
       rewards[j] = real ? reward()[slot] : 0.f;
       terminated[j] = flags & kTerminated;

@@ -6,6 +6,7 @@
 // named by its first row: index = t * streams + s, whose slot is t % ring and whose generation is t / ring.
 #pragma once
 #include <cstdint>
+#include <cstring>
 #include <vector>
 
 #include "common/random.hpp"
@@ -75,6 +76,15 @@ URLFAST_HD static inline int64_t sequence_rows(FlagRing flags, int64_t t, int64_
   if (cross_episodes) return length;
   int64_t place = t % flags.ring;
   for (int64_t k = 1; k < length; ++k) {
+#if !defined(__CUDA_ARCH__)
+    for (; k + 8 <= length && place + 9 <= flags.ring; k += 8, place += 8) {  // eight rows at a time where nothing ends
+      uint64_t here, next;
+      std::memcpy(&here, flags.flags + place, 8);
+      std::memcpy(&next, flags.flags + place + 1, 8);
+      if ((here & 0x0101010101010101u * kLast) | (next & 0x0101010101010101u * kFirst)) break;
+    }
+    if (k == length) break;
+#endif
     if (flags.flags[place] & kLast) return k;
     if (++place == flags.ring) place = 0;
     if (flags.flags[place] & kFirst) return k;
