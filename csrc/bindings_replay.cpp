@@ -126,11 +126,15 @@ class Column {
     column_ = {view.data, view.strides[0] * item_size(dtype), view.device.cuda};
   }
   int64_t count() const { return count_; }
-  ReplayRows::Column rows() const { return column_; }
+  ReplayColumn rows() const { return column_; }
+  void require_device(Device device, const char* name) const {
+    require(column_.on_device == device.cuda, name, "must lie on ", device.name(), " as the replay does, got ",
+            Device{column_.on_device, device.index}.name());
+  }
 
  private:
   std::optional<Tensor> held_;  // keeps what came by DLPack
-  ReplayRows::Column column_;
+  ReplayColumn column_;
   int64_t count_ = 0;
 };
 
@@ -417,36 +421,21 @@ class PyReplay {
   void update_priorities(py::object indices_in, py::object td_in, py::object mask_in) {
     const auto replay = alive();
     const ReplayConfig& config = replay->config();
-    const Tensor indices(indices_in, "indices");
-    indices.require_dtype({DType::i64});
-    indices.require_device(config.device, "the replay");
-    require(indices.rank == 1, "indices", "must be one-dimensional, got shape ", indices.shape_text());
-    indices.require_contiguous();
-    const int64_t batch = indices.size(0);
+    CallStream stream(config.device);
+    const Column indices(indices_in, "indices", DType::i64, {}, -1, config.device, stream);
+    const int64_t batch = indices.count();
     const bool windows = config.shape.n_step > 0;
     const int64_t steps = windows ? 1 : config.shape.length - 1 - config.shape.burn_in;
-    auto check = [&](const Tensor& t, DType dtype) {
-      t.require_dtype({dtype});
-      t.require_device(config.device, "the replay");
-      require(t.size(0) == batch && (windows ? t.rank == 1 : t.rank == 2 && t.size(1) == steps), t.name(),
-              "must have shape (", batch, windows ? ",)" : text(", ", steps, ")"), ", got ", t.shape_text());
-      t.require_contiguous();
-    };
-    const Tensor td(td_in, "td");
-    check(td, DType::f32);
-    std::optional<Tensor> mask;
-    if (!mask_in.is_none()) {
-      mask.emplace(mask_in, "mask");
-      check(*mask, DType::boolean);
-    }
-    CallStream stream(config.device);
-    stream.join(td);
-    stream.join(indices);
-    if (mask) stream.join(*mask);
+    const std::vector<int64_t> shape(windows ? 0 : 1, steps);
+    const Column td(td_in, "td", DType::f32, shape, batch, config.device, stream);
+    std::optional<Column> mask;
+    if (!mask_in.is_none()) mask.emplace(mask_in, "mask", DType::boolean, shape, batch, config.device, stream);
+    indices.require_device(config.device, "indices");
+    td.require_device(config.device, "td");
+    if (mask) mask->require_device(config.device, "mask");
     CUstream_st* queue = stream.begin();
     py::gil_scoped_release unlocked;
-    replay->update_priorities(batch, steps, indices.as<int64_t>(), td.as<float>(), mask ? mask->as<bool>() : nullptr,
-                              queue);
+    replay->update_priorities(batch, steps, indices.rows(), td.rows(), mask ? mask->rows() : ReplayColumn{}, queue);
     stream.end();
   }
 

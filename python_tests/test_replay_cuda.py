@@ -246,5 +246,5 @@ def test_what_a_device_cannot_do_is_named(device):
 @pytest.mark.skipif(_core.build_info()["cuda_usable"], reason="CUDA is usable here")
 @pytest.mark.parametrize("device", ["cuda", "cuda:3"])
 def test_without_a_device_one_clear_error(device):
-    with pytest.raises(RuntimeError, match="device: CUDA is not usable here: .+"):
+    with pytest.raises(RuntimeError, match=r"device: CUDA is not usable here: .+"):
         SequenceReplay(**GOOD, device=device)

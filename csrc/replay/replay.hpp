@@ -49,18 +49,24 @@ struct ReplayOutput {
   std::vector<int64_t> shape;
 };
 
-// Rows to append, row i to stream streams[i] (null: row i to stream i). Each row is contiguous; `step` bytes lie
-// between rows. fields in the order of the configuration.
+// An array whose rows are contiguous each, `step` bytes apart.
+struct ReplayColumn {
+  const void* data = nullptr;
+  int64_t step = 0;
+  bool on_device = false;
+  template <class T>
+  const T* row(int64_t i) const {
+    return reinterpret_cast<const T*>(static_cast<const char*>(data) + i * step);
+  }
+};
+
+// Rows to append, row i to stream streams[i] (null: row i to stream i); fields in the order of the configuration. For a
+// replay on a device any of them may lie there but the flags.
 struct ReplayRows {
-  struct Column {
-    const void* data = nullptr;
-    int64_t step = 0;
-    bool on_device = false;  // of a field, reward or priority; the flags are always the host's
-  };
   int64_t count = 0;
   const int64_t* streams = nullptr;
-  std::vector<Column> fields;
-  Column reward, terminated, is_first, is_last,
+  std::vector<ReplayColumn> fields;
+  ReplayColumn reward, terminated, is_first, is_last,
       priority;  // priority.data null: every new item gets the highest one seen
 };
 
@@ -101,9 +107,10 @@ class Replay {
   virtual void add(const ReplayRows& rows, CUstream_st* stream) = 0;
   // out: one pointer for each entry of layout(batch).
   virtual void sample(int64_t batch, void* const* out, CUstream_st* stream) = 0;
-  // td: (batch, steps), mask: the same or null. steps = 1 for n-step items, length - 1 - burn_in for sequences.
-  virtual void update_priorities(int64_t batch, int64_t steps, const int64_t* indices, const float* td,
-                                 const bool* mask, CUstream_st* stream) = 0;
+  // indices: int64, td: float (batch, steps), mask: bool, like td, or null. steps = 1 for n-step items and
+  // length - 1 - burn_in for sequences.
+  virtual void update_priorities(int64_t batch, int64_t steps, ReplayColumn indices, ReplayColumn td, ReplayColumn mask,
+                                 CUstream_st* stream) = 0;
 
   // Writes the rows from `from` on (what is still held of them) to one file and everything else to another. An empty
   // rows_path: state alone. Both are synced; a file that could not be completed is removed.

@@ -170,7 +170,7 @@ class ReplayCuda final : public Replay, private ReplayMemory {
     if (rows.count == 0) return;
     queue(stream, [&] {
       int64_t row_bytes = int64_t(sizeof(AppendedRow));
-      each_column(rows, [&](const ReplayRows::Column& from, int64_t bytes, char*, bool) {
+      each_column(rows, [&](const ReplayColumn& from, int64_t bytes, char*, bool) {
         if (!from.on_device) row_bytes += bytes;
       });
       const int64_t most = std::max<int64_t>(1, kStagedRows / row_bytes);
@@ -217,7 +217,7 @@ class ReplayCuda final : public Replay, private ReplayMemory {
     });
   }
 
-  void update_priorities(int64_t batch, int64_t steps, const int64_t* indices, const float* td, const bool* mask,
+  void update_priorities(int64_t batch, int64_t steps, ReplayColumn indices, ReplayColumn td, ReplayColumn mask,
                          CUstream_st* stream) override {
     std::lock_guard<std::mutex> lock(mutex_);
     Entry entry(*this);
@@ -233,10 +233,13 @@ class ReplayCuda final : public Replay, private ReplayMemory {
     queue(stream, [&] {
       const DeviceReplay replay = on_device();
       auto* priority = priority_.as<double>();
-      claim_updates<<<blocks(batch), kThreads, 0, stream>>>(replay, batch, steps, indices, td, mask, priority);
+      const Rows<int64_t> index{indices.data, indices.step};
+      const Rows<float> errors{td.data, td.step};
+      const Rows<bool> where{mask.data, mask.step};
+      claim_updates<<<blocks(batch), kThreads, 0, stream>>>(replay, batch, steps, index, errors, where, priority);
       URLFAST_CUDA_CHECK(cudaGetLastError());
       if (!replay.given) return;
-      apply_updates<<<blocks((batch + 31) / 32), kThreads, 0, stream>>>(replay, batch, indices, priority);
+      apply_updates<<<blocks((batch + 31) / 32), kThreads, 0, stream>>>(replay, batch, index, priority);
       URLFAST_CUDA_CHECK(cudaGetLastError());
     });
   }
@@ -463,8 +466,8 @@ class ReplayCuda final : public Replay, private ReplayMemory {
   void append_row(const ReplayRows& rows, int64_t i, int64_t s, CUstream_st* stream) {
     const int64_t slot = index_->slot(s, index_->head(s));
     const uint8_t flags =
-        uint8_t((*replay_row<bool>(rows.terminated, i) ? kTerminated : 0) |
-                (*replay_row<bool>(rows.is_first, i) ? kFirst : 0) | (*replay_row<bool>(rows.is_last, i) ? kLast : 0));
+        uint8_t((*rows.terminated.row<bool>(i) ? kTerminated : 0) | (*rows.is_first.row<bool>(i) ? kFirst : 0) |
+                (*rows.is_last.row<bool>(i) ? kLast : 0));
     index_->append(s, flags, [&](int64_t t, bool ready) {
       char& mark = marks_.data()[index_->slot(s, t)];
       const bool has = mark & kHasItem;
@@ -499,7 +502,7 @@ class ReplayCuda final : public Replay, private ReplayMemory {
     if (entries_.last > start_capacity_) grow_starts(stream);
 
     int64_t bytes = aligned(count * int64_t(sizeof(AppendedRow))) + aligned(changed * 8);
-    each_column(rows, [&](const ReplayRows::Column& from, int64_t row_bytes, char*, bool at_starts) {
+    each_column(rows, [&](const ReplayColumn& from, int64_t row_bytes, char*, bool at_starts) {
       if (!from.on_device) bytes += aligned((at_starts ? starts_ : count) * row_bytes);
     });
     Staging& staging = staging_of(bytes);
@@ -515,13 +518,13 @@ class ReplayCuda final : public Replay, private ReplayMemory {
     if (changed) std::memcpy(staged_changes, changes_.data(), size_t(changed) * 8);
 
     std::vector<AppendColumn> columns;
-    each_column(rows, [&](const ReplayRows::Column& from, int64_t row_bytes, char* to, bool at_starts) {
+    each_column(rows, [&](const ReplayColumn& from, int64_t row_bytes, char* to, bool at_starts) {
       AppendColumn column{};
       column.to = to;
       column.bytes = row_bytes;
       column.at_starts = at_starts;
       if (from.on_device) {
-        column.from = replay_row<char>(from, piece_begin_);
+        column.from = from.row<char>(piece_begin_);
         column.step = from.step;
       } else {
         char* staged = take((at_starts ? starts_ : count) * row_bytes);
@@ -529,11 +532,11 @@ class ReplayCuda final : public Replay, private ReplayMemory {
         column.step = row_bytes;
         column.packed = at_starts;
         if (!at_starts && from.step == row_bytes) {
-          if (count) std::memcpy(staged, replay_row<char>(from, piece_begin_), size_t(count * row_bytes));
+          if (count) std::memcpy(staged, from.row<char>(piece_begin_), size_t(count * row_bytes));
         } else {
           for (int64_t i = 0; i < count; ++i) {
             if (at_starts && appended_[size_t(i)].entry == 0) continue;
-            std::memcpy(staged, replay_row<char>(from, piece_begin_ + i), size_t(row_bytes));
+            std::memcpy(staged, from.row<char>(piece_begin_ + i), size_t(row_bytes));
             staged += row_bytes;
           }
         }

@@ -15,11 +15,6 @@ std::vector<ReplayOutput> replay_layout(const ReplayConfig& config, int64_t batc
 // Throws std::invalid_argument unless the rows may follow those of the index. last: scratch.
 void check_replay_rows(const ReplayIndex& index, const ReplayRows& rows, std::vector<int64_t>& last);
 
-template <class T>
-const T* replay_row(const ReplayRows::Column& column, int64_t i) {
-  return reinterpret_cast<const T*>(static_cast<const char*>(column.data) + i * column.step);
-}
-
 // Which entries the columns that are kept at starts give to which slots. Freed ones are used first, so that only as
 // many are touched as there ever were starts at one time.
 struct ReplayEntries {

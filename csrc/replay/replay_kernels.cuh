@@ -392,14 +392,25 @@ __global__ void __launch_bounds__(kThreads)
 // Priorities
 // ------------------------------------------------------------------------------------------------------------
 
+// Arrays whose rows are contiguous each, `step` bytes apart.
+template <class T>
+struct Rows {
+  const void* data;
+  int64_t step;
+  __device__ const T* operator[](int64_t i) const {
+    return reinterpret_cast<const T*>(static_cast<const char*>(data) + i * step);
+  }
+};
+
 // priority[i] from the errors of item i; negative where nothing is to be set. Of repeated indices the last one claims
-// the slot. Stale indices, those never handed out and errors that are not finite are counted.
+// the slot. Stale indices, those never handed out and errors that are not finite are counted. Errors are added up in
+// the order in which the CPU does it.
 __global__ void __launch_bounds__(kThreads)
-    claim_updates(const __grid_constant__ DeviceReplay replay, int64_t batch, int64_t steps, const int64_t* indices,
-                  const float* td, const bool* mask, double* priority) {
+    claim_updates(const __grid_constant__ DeviceReplay replay, int64_t batch, int64_t steps, Rows<int64_t> indices,
+                  Rows<float> td, Rows<bool> mask, double* priority) {
   const ReplayShape& shape = replay.shape;
   for (int64_t i = warp_of_grid(); i < batch; i += warps_of_grid()) {
-    const int64_t index = indices[i];
+    const int64_t index = *indices[i];
     const int64_t s = index >= 0 ? index % shape.streams : 0, t = index >= 0 ? index / shape.streams : -1;
     if (t < 0 || !replay.holds(s, t)) {
       if (lane() == 0) {
@@ -409,29 +420,42 @@ __global__ void __launch_bounds__(kThreads)
       continue;
     }
     const FlagRing flags = replay.flags_of(s);
-    const int64_t rows = shape.n_step ? 2 : warp_sequence_rows(flags, t, shape.length, shape.cross_episodes);
-    double most = 0, sum = 0;
+    const float* errors = td[i];
+    float most = 0;
+    double sum = 0;
     int64_t n = 0;
-    bool finite = true;
-    for (int64_t begin = 0; begin < steps; begin += 32) {
-      const int64_t j = begin + lane(), step = shape.burn_in + j;
-      bool real = j < steps;
-      if (real)
-        real = mask ? mask[i * steps + j]
-                    : step + 1 < rows && (!shape.cross_episodes || transition_exists(flags, t + step));
-      const double own = real ? fabs(double(td[i * steps + j])) : 0;
-      finite = finite && !__any_sync(kWarp, !(own <= 1.7976931348623157e308));
-      unsigned left = __ballot_sync(kWarp, real);
-      n += __popc(left);
-      for (; left; left &= left - 1) {  // in their order, so that sums are those of the CPU
-        const double d = __shfl_sync(kWarp, own, __ffs(int(left)) - 1);
-        most = d > most ? d : most;
-        sum += d;
+    if (!mask.data && !shape.cross_episodes) {  // those up to the episode's end, in eight sums
+      const int64_t rows = shape.n_step ? 2 : warp_sequence_rows(flags, t, shape.length, false);
+      n = rows - 1 - shape.burn_in < steps ? rows - 1 - shape.burn_in : steps;
+      double own_sum = 0;
+      float own_most = 0;
+      for (int64_t j = lane(); lane() < 8 && j < n; j += 8) {
+        const float d = fabsf(errors[j]);
+        own_sum += double(d), own_most = own_most > d ? own_most : d;
+      }
+      for (int k = 0; k < 8; ++k) {
+        sum += __shfl_sync(kWarp, own_sum, k);
+        const float m = __shfl_sync(kWarp, own_most, k);
+        most = most > m ? most : m;
+      }
+    } else {
+      for (int64_t begin = 0; begin < steps; begin += 32) {
+        const int64_t j = begin + lane();
+        const bool real = j < steps && (mask.data ? mask[i][j] : transition_exists(flags, t + shape.burn_in + j));
+        const float own = real ? fabsf(errors[j]) : 0.f;
+        unsigned left = __ballot_sync(kWarp, real);
+        n += __popc(left);
+        for (; left; left &= left - 1) {
+          const float d = __shfl_sync(kWarp, own, __ffs(int(left)) - 1);
+          sum += double(d), most = most > d ? most : d;
+        }
       }
     }
     if (lane() != 0) continue;
+    const bool finite = sum <= 1.7976931348623157e308;
     if (!finite) atomicAdd(&replay.counters->stale, 1ull);
-    const double p = shape.n_step ? most : plus_product((1 - replay.eta) * sum / double(n), replay.eta, most);
+    const double p =
+        shape.n_step ? double(most) : plus_product((1 - replay.eta) * sum / double(n), replay.eta, double(most));
     const bool sets = finite && n > 0 && replay.given;
     priority[i] = sets ? p : -1;
     if (!sets) continue;
@@ -441,11 +465,11 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 __global__ void __launch_bounds__(kThreads) apply_updates(const __grid_constant__ DeviceReplay replay, int64_t batch,
-                                                          const int64_t* indices, const double* priority) {
+                                                          Rows<int64_t> indices, const double* priority) {
   const int64_t stride = int64_t(gridDim.x) * blockDim.x;
   for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < batch; i += stride) {
     if (!(priority[i] >= 0)) continue;
-    const int64_t slot = replay.slot(indices[i] % replay.shape.streams, indices[i] / replay.shape.streams);
+    const int64_t index = *indices[i], slot = replay.slot(index % replay.shape.streams, index / replay.shape.streams);
     if (replay.claims[slot] != uint32_t(i) + 1) continue;
     replay.claims[slot] = 0;  // the next update finds none; whoever lost it reads this or the winner's
     tree_add(replay.tree, slot, leaf_of(replay, priority[i]) - replay.tree.leaf(slot));
