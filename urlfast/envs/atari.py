@@ -26,6 +26,7 @@ import sys
 import weakref
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
+from typing import Literal
 
 import numpy as np
 
@@ -47,7 +48,7 @@ class AtariConfig:
     max_frames: int = 108_000  # time limit of an episode, in frames after the no-ops: 30 minutes
     frame_size: int = 84  # side of the grey image
     frame_stack: int = 4  # frames an agent sees at once, black before the episode's first
-    backend: str = "vector"  # vector: native threads | processes: slower, also gives RAM, screen and cloned states
+    backend: Literal["vector", "processes"] = "vector"  # native threads | processes: slower; RAM, screens and cloned states
     workers: int = 0  # threads or processes; 0: one per processor, never more than environments
 
     def __post_init__(self):
