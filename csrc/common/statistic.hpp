@@ -54,8 +54,9 @@ URLFAST_HD static inline Statistic statistic_update(Statistic state, Statistic b
   return state;
 }
 
-// What values are divided by. A negative mean divides by its size: dividing never turns a sign.
+// What values are divided by: 1 before any was seen. A negative mean divides by its size: dividing never turns a sign.
 URLFAST_HD static inline double statistic_scale(Statistic s, StatisticRule rule) {
+  if (s.count == 0) return 1;
   if (rule.mode == StatisticMode::ema_abs) return s.mean + rule.epsilon;
   Statistic prior;
   prior.count = 1e-4, prior.mean = 0, prior.m2 = 1e-4;  // URLB's RMS: M = 0, S = 1, n = 1e-4
