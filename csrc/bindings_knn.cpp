@@ -1,7 +1,9 @@
 #include <cmath>
+#include <memory>
 
 #include "bindings_dlpack.hpp"
 #include "knn/knn.hpp"
+#include "normalizer/normalizer.hpp"
 
 namespace urlfast {
 namespace {
@@ -118,17 +120,49 @@ py::tuple knn(const py::object& queries, const py::object& keys, int64_t k, cons
   return py::make_tuple(distances.object, indices.object);
 }
 
+// Two steps with the statistic between them: the kept distances, then what they amount to.
+void reward_with_statistic(const Call& call, const KnnReward& reward, Normalizer& normalizer, bool update, void* out) {
+  const KnnProblem& p = call.problem;
+  int64_t count = 0;
+  for (int64_t s = 0; s < p.problems; ++s) count += p.num_queries * knn_kept(p, reward, s);
+  const std::unique_ptr<char[]> kept(new char[size_t(count * item_size(call.result()))]);
+  knn_kept_cpu(p, reward, kept.get());
+  if (update && count > 0)
+    require(normalizer.update(kept.get(), call.result(), count, nullptr), "normalizer",
+            "cannot take distances above 1e150; the statistic has not changed");
+  Statistic state;
+  {
+    const std::lock_guard<std::mutex> lock(normalizer.mutex());
+    state = *normalizer.state();
+  }
+  knn_finish_cpu(p, reward, kept.get(), state, normalizer.rule(), out);
+}
+
 py::object knn_reward(const py::object& z, int64_t k, const py::object& memory, const py::object& lengths,
-                      const std::string& reduction, double exponent, double c, bool include_self) {
+                      const std::string& reduction, double exponent, double c, bool include_self,
+                      const py::object& normalizer_in, bool update_normalizer) {
   const Call call = check(z, memory, k, lengths, include_self, "z", "memory");
   require(reduction == "mean" || reduction == "kth", "reduction", "must be 'mean' or 'kth', got '", reduction, "'");
   require(exponent > 0 && std::isfinite(exponent), "exponent", "must be positive and finite, got ", exponent);
   require(c > 0 && std::isfinite(c), "c", "must be positive and finite, got ", c);
+  Normalizer* normalizer = nullptr;
+  if (!normalizer_in.is_none()) {
+    if (!py::isinstance<Normalizer>(normalizer_in))
+      throw py::type_error(text("normalizer: must be a RunningNormalizer, got ",
+                                py::str(py::type::handle_of(normalizer_in).attr("__qualname__")).cast<std::string>()));
+    normalizer = normalizer_in.cast<Normalizer*>();
+    require(normalizer->features() == 1, "normalizer", "must have shape (), got ", normalizer->features(), " features");
+    require(normalizer->device() == call.queries.device, "normalizer", "must lie on ", call.queries.device.name(),
+            " as z does, got ", normalizer->device().name());
+  }
   const KnnReward reward{reduction == "kth", exponent, c};
   const Output out = output_like(call.queries, call.result(), call.shape(false));
   {
     const py::gil_scoped_release unlocked;
-    knn_reward_cpu(call.problem, reward, out.view.data);
+    if (normalizer)
+      reward_with_statistic(call, reward, *normalizer, update_normalizer, out.view.data);
+    else
+      knn_reward_cpu(call.problem, reward, out.view.data);
   }
   return out.object;
 }
@@ -138,7 +172,8 @@ py::object knn_reward(const py::object& z, int64_t k, const py::object& memory, 
 void bind_knn(py::module_& m) {
   m.def("knn", &knn, py::arg("queries"), py::arg("keys"), py::arg("k"), py::arg("lengths"), py::arg("include_self"));
   m.def("knn_reward", &knn_reward, py::arg("z"), py::arg("k"), py::arg("memory"), py::arg("lengths"),
-        py::arg("reduction"), py::arg("exponent"), py::arg("c"), py::arg("include_self"));
+        py::arg("reduction"), py::arg("exponent"), py::arg("c"), py::arg("include_self"), py::arg("normalizer"),
+        py::arg("update_normalizer"));
 }
 
 }  // namespace urlfast

@@ -7,9 +7,11 @@ __path__ = extend_path(__path__, __name__)  # inside a checkout, the Python file
 from urlfast.ops import (  # noqa: E402
     Batch,
     Field,
+    LatentDynamics,
     RunningNormalizer,
     SequenceReplay,
     __version__,
+    ema_update_,
     knn,
     knn_reward,
     set_num_threads,
@@ -18,9 +20,11 @@ from urlfast.ops import (  # noqa: E402
 __all__ = [
     "Batch",
     "Field",
+    "LatentDynamics",
     "RunningNormalizer",
     "SequenceReplay",
     "__version__",
+    "ema_update_",
     "knn",
     "knn_reward",
     "set_num_threads",

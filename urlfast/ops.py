@@ -54,7 +54,19 @@ def knn(queries, keys=None, k=12, *, lengths=None, include_self=True):
     return _core.knn(_detached(queries), _detached(keys), k, lengths, include_self)
 
 
-def knn_reward(z, k=12, memory=None, *, lengths=None, reduction="mean", exponent=1.0, c=1.0, include_self=True):
+def knn_reward(
+    z,
+    k=12,
+    memory=None,
+    *,
+    lengths=None,
+    reduction="mean",
+    exponent=1.0,
+    c=1.0,
+    include_self=True,
+    normalizer=None,
+    update_normalizer=True,
+):
     """Particle-entropy reward: log(c + mean over the k nearest neighbours of distance ** exponent), for each row of z.
 
     z: (B, D), or (S, B, D) for S independent batches; float16, bfloat16, float32 or float64, finite, C-contiguous; NumPy, torch, CuPy or
@@ -66,13 +78,17 @@ def knn_reward(z, k=12, memory=None, *, lengths=None, reduction="mean", exponent
         over min(k, length) neighbours; an empty memory gives log(c). Any k >= 1 is then accepted.
     reduction: "mean" over the neighbours, or "kth": the farthest of them alone.
     include_self: False excludes each row from its own neighbours, by index; then k <= B - 1. Not with memory.
+    normalizer: a RunningNormalizer of shape () on z's device. The neighbours' distances (with "kth" the k-th ones) first update it, unless
+        update_normalizer is False, and are then divided by its scale, clipped if it clips, raised to the exponent and reduced.
     Returns (B,) or (S, B), float64 for float64 and float32 otherwise, in z's library, on z's device; carries no gradient. No B x M matrix
     is ever made. Deterministic, whatever the number of threads.
-    Raises TypeError (no array, dtype), ValueError (shape, layout, k, lengths, reduction, exponent <= 0, c <= 0, devices; on the CPU also
-    NaN or infinity in rows in use: on CUDA NaN propagates instead).
+    Raises TypeError (no array, dtype), ValueError (shape, layout, k, lengths, reduction, exponent <= 0, c <= 0, devices, the
+    normalizer's shape; on the CPU also NaN or infinity in rows in use: on CUDA NaN propagates instead).
     Source: APT (Liu, Abbeel 2021), eq. 5 with exponent 1.
     """
-    return _core.knn_reward(_detached(z), k, _detached(memory), lengths, reduction, exponent, c, include_self)
+    return _core.knn_reward(
+        _detached(z), k, _detached(memory), lengths, reduction, exponent, c, include_self, normalizer, update_normalizer
+    )
 
 
 # normaliser -----------------------------------------------------------------------------------------------------------
