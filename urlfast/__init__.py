@@ -1,5 +1,5 @@
 """urlfast: unsupervised pre-training for reinforcement learning on a native core."""
 
-from urlfast.ops import RunningNormalizer, __version__, set_num_threads
+from urlfast.ops import LatentDynamics, RunningNormalizer, __version__, ema_update_, set_num_threads
 
-__all__ = ["RunningNormalizer", "__version__", "set_num_threads"]
+__all__ = ["LatentDynamics", "RunningNormalizer", "__version__", "ema_update_", "set_num_threads"]
