@@ -112,6 +112,17 @@ class LatentDynamics(_core.LatentDynamics):
 
     def __init__(self, num_envs, latent_dim, num_classes=1, *, alpha=0.5, beta=0.95, episode_length=100, seed=0, device="cpu"):
         super().__init__(num_envs, latent_dim, num_classes, alpha, beta, episode_length, seed, device)
+        self._arguments = (num_envs, latent_dim, num_classes, alpha, beta, episode_length, seed, device)
+
+    def __reduce__(self):  # for copy.deepcopy and pickle
+        return _restored_dynamics, (self._arguments, self.state_dict())
+
+
+def _restored_dynamics(arguments, state):
+    *sizes, alpha, beta, episode_length, seed, device = arguments
+    dynamics = LatentDynamics(*sizes, alpha=alpha, beta=beta, episode_length=episode_length, seed=seed, device=device)
+    dynamics.load_state_dict(state)
+    return dynamics
 
 
 def ema_update_(targets, sources, tau):
