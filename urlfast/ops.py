@@ -507,3 +507,57 @@ def _sync_folder(folder: str) -> None:
 
 
 # latent ---------------------------------------------------------------------------------------------------------------
+
+
+class LatentDynamics(_core.LatentDynamics):
+    """PALM's environment in the latent space of a generator G: actions and noise are mixed, and smoothed over time.
+
+        z'  = alpha * a_t + (1 - alpha) * noise          noise ~ N(0, I), fresh in every row
+        z_0 = z'                                         with an action drawn uniformly from [-1, 1): none was chosen yet
+        z_t = beta * z_{t-1} + (1 - beta) * z'
+        class: uniform over num_classes, drawn at an episode's first row and fixed until its last
+
+    num_envs, latent_dim, num_classes >= 1 (num_classes=1 for a generator without classes); alpha, beta in [0, 1].
+    episode_length: steps, so an episode has episode_length + 1 rows. All environments open and close theirs together.
+    seed: 0..2^64-1. Draws are counted, not carried: they depend on the seed, the row, the environment and the coordinate, neither
+    on threads nor on the device, where the values agree to rounding.
+    device: "cpu", "cuda[:N]" or a torch.device; the latter makes reset() return torch tensors from the start.
+
+    reset() and step(actions) return (z, class, is_first, is_last): float32 (num_envs, latent_dim), int64 and two bool (num_envs,).
+    After a row with is_last the next step ignores its actions and shows an episode's first row (is_first), as everywhere in urlfast.
+    The arrays are the state itself: they stay valid until the next reset, step or load_state_dict, which overwrite them, and must not
+    be written to (NumPy's are read-only). They come in the library of the last actions: torch tensors, CuPy arrays, otherwise NumPy
+    arrays on the CPU and DLPack exporters on CUDA.
+    actions: float32 (num_envs, latent_dim), C-contiguous, on `device`; taken as they are, NaN included.
+    One kernel does a step; on CUDA it goes to the caller's current stream and nothing waits for it. reset draws anew; it does not go
+    back to the seed's first episode.
+    state_dict(), load_state_dict(state): ints, a list and bytes, for dynamics of the same sizes and seed.
+    Raises TypeError and ValueError, naming the argument, and RuntimeError for a step before the first reset.
+    """
+
+    def __init__(self, num_envs, latent_dim, num_classes=1, *, alpha=0.5, beta=0.95, episode_length=100, seed=0, device="cpu"):
+        super().__init__(num_envs, latent_dim, num_classes, alpha, beta, episode_length, seed, device)
+        self._arguments = (num_envs, latent_dim, num_classes, alpha, beta, episode_length, seed, device)
+
+    def __reduce__(self):  # for copy.deepcopy and pickle
+        return _restored_dynamics, (self._arguments, self.state_dict())
+
+
+def _restored_dynamics(arguments, state):
+    *sizes, alpha, beta, episode_length, seed, device = arguments
+    dynamics = LatentDynamics(*sizes, alpha=alpha, beta=beta, episode_length=episode_length, seed=seed, device=device)
+    dynamics.load_state_dict(state)
+    return dynamics
+
+
+def ema_update_(targets, sources, tau):
+    """targets[i] += tau * (sources[i] - targets[i]) for every i, in place, in one pass over all of them.
+
+    targets, sources: lists or other iterables of arrays, as many, such as `module.parameters()`; requires_grad does not matter. Pairs
+    agree in shape, dtype (float16, bfloat16, float32, float64), device and memory layout, which is any dense one: channels_last is,
+    a slice is not. Empty lists are allowed and do nothing. Targets must not share memory with each other.
+    tau: in [0, 1]; 1 copies the sources. Integer buffers, BatchNorm's counters among them, are the caller's to copy.
+    Everything is checked before anything is written; TypeError and ValueError name the array as targets[i] or sources[i].
+    On CUDA the work goes to the caller's current stream, a launch per hundred tensors, and nothing waits for it.
+    """
+    _core.ema_update_(targets, sources, tau)
