@@ -117,7 +117,7 @@ py::tuple knn(const py::object& queries, const py::object& keys, int64_t k, cons
     const py::gil_scoped_release unlocked;
     knn_cpu(call.problem, distances.view.data, indices.view.as<int64_t>());
   }
-  return py::make_tuple(distances.object, indices.object);
+  return py::make_tuple(distances.result(), indices.result());
 }
 
 // Two steps with the statistic between them: the kept distances, then what they amount to.
@@ -164,7 +164,7 @@ py::object knn_reward(const py::object& z, int64_t k, const py::object& memory, 
     else
       knn_reward_cpu(call.problem, reward, out.view.data);
   }
-  return out.object;
+  return out.result();
 }
 
 }  // namespace
