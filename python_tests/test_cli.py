@@ -55,7 +55,7 @@ def test_help_explains_every_option(pair, capsys, monkeypatch):
             parse(preset, ["--help"], "urlfast train")
         text = re.sub(r"[│─╭╰╮╯\s]+", " ", capsys.readouterr().out)
         for option in flat(preset):
-            says = re.search(rf" --{re.escape(option)} (.*?)\(default: ", text)
+            says = re.search(rf" --{re.escape(option)},? (.*?)\(default: ", text)
             words = re.sub(r"\{.*?\}|--\S+|[A-Z]+", "", says[1])
             assert re.search(r"[a-z]{2}", words), f"--{option}: {says[0]}"
 
