@@ -1,5 +1,431 @@
+#include <pybind11/stl.h>
+
+#include <cerrno>
+#include <cmath>
+#include <set>
+
 #include "bindings_dlpack.hpp"
+#include "replay/replay.hpp"
+#include "replay/replay_storage.hpp"
 
 namespace urlfast {
-void bind_replay(py::module_&) {}
+namespace {
+
+constexpr int64_t kMaxRows = (int64_t(1) << 31) - 1;
+
+// Where one batch goes: NumPy arrays, and their memory in the order of Replay::layout.
+struct ReplayBuffers {
+  std::weak_ptr<Replay> owner;
+  int64_t batch = 0;
+  std::vector<void*> pointers;
+  py::dict arrays;
+};
+
+bool dtype_is(const py::array& array, DType dtype) {  // dtype.name, which Tensor asks for, costs more than a row's copy
+  const py::dtype type = array.dtype();
+  const char order = type.byteorder();
+  const char kind = dtype == DType::boolean ? 'b' : dtype <= DType::u64 ? 'u' : dtype <= DType::i64 ? 'i' : 'f';
+  return type.kind() == kind && type.itemsize() == item_size(dtype) && (order == '=' || order == '|');
+}
+
+// One column of rows: [count, ...shape], each row contiguous, whatever lies between rows.
+class Column {
+ public:
+  Column(py::handle object, const char* name, DType dtype, const std::vector<int64_t>& shape, int64_t count) {
+    View view;
+    if (py::isinstance<py::array>(object) && dtype_is(py::reinterpret_borrow<py::array>(object), dtype)) {
+      const auto array = py::reinterpret_borrow<py::array>(object);
+      view.data = const_cast<void*>(array.data());
+      view.rank = int(std::min<py::ssize_t>(array.ndim(), kMaxRank));
+      for (int i = 0; i < view.rank; ++i) {
+        require(array.strides(i) % array.itemsize() == 0, name, "must have strides that are whole items");
+        view.shape[i] = array.shape(i), view.strides[i] = array.strides(i) / array.itemsize();
+      }
+      if (array.ndim() > kMaxRank) view.rank = -1;
+    } else {
+      held_.emplace(object, name);
+      held_->require_dtype({dtype});
+      require(!held_->device.cuda, name, "must lie on the CPU, got ", held_->device.name());
+      view = *held_;
+    }
+    bool fits = view.rank == int(shape.size()) + 1 && (count < 0 || view.shape[0] == count);
+    for (size_t i = 0; fits && i < shape.size(); ++i) fits = view.shape[i + 1] == shape[i];
+    if (!fits) {
+      std::string wanted = count < 0 ? "(n" : text("(", count);
+      for (int64_t d : shape) wanted += text(", ", d);
+      require(false, name, "must have shape ", wanted, shape.empty() ? ",)" : ")", ", got ",
+              view.rank < 0 ? std::string("more axes") : view.shape_text());
+    }
+    int64_t packed = 1;
+    for (int i = view.rank - 1; i >= 1; --i) {
+      require(view.shape[i] == 1 || view.strides[i] == packed, name,
+              "must have C-contiguous rows; pass np.ascontiguousarray(", name, ")");
+      packed *= view.shape[i];
+    }
+    require(reinterpret_cast<uintptr_t>(view.data) % uintptr_t(item_size(dtype)) == 0, name,
+            "must be aligned to its items; pass ", name, ".copy()");
+    count_ = view.shape[0];
+    column_ = {view.data, view.strides[0] * item_size(dtype)};
+  }
+  int64_t count() const { return count_; }
+  ReplayRows::Column rows() const { return column_; }
+
+ private:
+  std::optional<Tensor> held_;  // keeps what came by DLPack
+  ReplayRows::Column column_;
+  int64_t count_ = 0;
+};
+
+class PyReplay {
+ public:
+  using FieldTuple = std::tuple<std::string, std::vector<int64_t>, std::string, int64_t>;  // name, shape, dtype, every
+
+  PyReplay(int64_t capacity, const std::vector<FieldTuple>& fields, int64_t num_streams,
+           std::optional<int64_t> sequence_length, int64_t stride, int64_t burn_in, std::optional<int64_t> n_step,
+           std::optional<double> gamma, std::optional<int64_t> frame_stack, bool cross_episodes,
+           double priority_exponent, double importance_exponent, double eta, const std::string& storage,
+           const std::string& path, py::handle device, uint64_t seed, int64_t expected_rows) {
+    require(capacity >= 1 && capacity <= kMaxRows, "capacity", "must lie in 1..", kMaxRows, ", got ", capacity);
+    require(num_streams >= 1 && num_streams <= capacity, "num_streams", "must lie in 1..", capacity,
+            " (the capacity), got ", num_streams);
+    ReplayConfig c;
+    c.shape.streams = num_streams;
+    c.shape.rows = capacity / num_streams;
+    require(n_step.has_value() != sequence_length.has_value(), "sequence_length",
+            "give either sequence_length or n_step");
+    if (n_step) {
+      require(*n_step >= 1 && *n_step <= kMaxRows, "n_step", "must be at least 1, got ", *n_step);
+      require(gamma.has_value(), "gamma", "must be given with n_step");
+      require(*gamma >= 0 && *gamma <= 1, "gamma", "must lie in 0..1, got ", *gamma);
+      require(stride == 1, "stride", "is for sequences; with n_step every transition is sampled, got ", stride);
+      require(burn_in == 0, "burn_in", "is for sequences; with n_step it must be 0, got ", burn_in);
+      require(!cross_episodes, "cross_episodes", "is for sequences; n-step windows stop at an episode's end");
+      c.shape.n_step = *n_step;
+      c.gamma = *gamma;
+    } else {
+      require(!gamma, "gamma", "is for n_step; sequences hand out rewards as they came");
+      require(burn_in >= 0 && burn_in <= kMaxRows, "burn_in", "must not be negative, got ", burn_in);
+      require(*sequence_length >= burn_in + 2 && *sequence_length <= kMaxRows, "sequence_length", "must be at least ",
+              burn_in + 2, " (burn_in, a transition's row, and a last one to bootstrap from), got ", *sequence_length);
+      require(stride >= 1 && stride <= kMaxRows, "stride", "must be at least 1, got ", stride);
+      c.shape.length = *sequence_length;
+      c.shape.stride = stride;
+      c.shape.burn_in = burn_in;
+      c.shape.cross_episodes = cross_episodes;
+    }
+    if (frame_stack) {
+      require(*frame_stack >= 1 && *frame_stack <= 256, "frame_stack", "must lie in 1..256, got ", *frame_stack);
+      require(!cross_episodes, "frame_stack",
+              "cannot go with cross_episodes: one frame would need two stacks where an episode begins");
+      c.shape.stack = *frame_stack;
+    }
+    const int64_t window = (n_step ? *n_step : *sequence_length) + c.shape.stack;
+    require(c.shape.rows >= window, "capacity", "must be at least ", window * num_streams, " (", num_streams,
+            " streams of one window with its frame stack), got ", capacity);
+    std::set<std::string> names{"reward", "terminated", "is_first",    "is_last",  "priority", "mask", "indices",
+                                "weight", "steps",      "probability", "discount", "frames",   "keys"};
+    for (const auto& [name, shape, dtype, every] : fields) {
+      require(names.insert(name).second, "fields", "'", name, "' is a name the replay uses itself, or stands twice");
+      ReplayField field;
+      field.name = name;
+      const auto known = dtype_from_name(dtype);
+      require(known && *known != DType::bf16, "fields", "'", name,
+              "' must have a boolean, integer or floating NumPy dtype, got ", dtype);
+      field.dtype = *known;
+      field.shape = shape;
+      double bytes = double(item_size(*known));
+      for (int64_t d : shape) {
+        require(d >= 1, "fields", "'", name, "' must have a shape of positive lengths, got ", d);
+        bytes *= double(d);
+      }
+      require(shape.size() <= 5, "fields", "'", name, "' must have at most 5 axes, got ", shape.size());
+      require(bytes <= double(int64_t(1) << 40), "fields", "'", name, "' takes more than 2^40 bytes a row");
+      require(every == 1 || every == c.shape.stride, "fields", "'", name,
+              "' must have every=1 or every=", c.shape.stride,
+              " (the stride: what is kept at sequence starts only), got ", every);
+      field.at_starts = every > 1;
+      if (name == "observation") {
+        require(every == 1, "fields", "'observation' must have every=1");
+        c.observation = int(c.fields.size());
+        require(!frame_stack || !shape.empty(), "fields", "'observation' must have an axis for frame_stack to stack");
+        names.insert("next_observation");
+      }
+      c.fields.push_back(field);
+    }
+    require(c.observation >= 0 || !n_step, "fields",
+            "must have 'observation' with n_step, whose batches hold it twice");
+    require(c.observation >= 0 || !frame_stack, "fields", "must have 'observation' with frame_stack");
+    auto exponent = [](double value, const char* name) {
+      require(value >= 0 && value <= 100, name, "must lie in 0..100, got ", value);
+      return value;
+    };
+    c.priority_exponent = exponent(priority_exponent, "priority_exponent");
+    c.importance_exponent = exponent(importance_exponent, "importance_exponent");
+    require(eta >= 0 && eta <= 1, "eta", "must lie in 0..1, got ", eta);
+    c.eta = eta;
+    require(storage == "memory" || storage == "file", "storage", "must be 'memory' or 'file', got '", storage, "'");
+    c.file = storage == "file";
+    c.path = path;
+    c.seed = seed;
+    c.expected_rows = expected_rows;
+    if (parse_device(device).cuda)
+      throw std::runtime_error("device: SequenceReplay keeps its rows in CPU memory; pass device='cpu'");
+    py::gil_scoped_release unlocked;
+    replay_ = make_replay_cpu(std::move(c));
+  }
+
+  void close() {
+    std::shared_ptr<Replay> last;
+    last.swap(replay_);
+    py::gil_scoped_release unlocked;  // unmapping takes its time; a thread still inside keeps its own reference
+    last.reset();
+  }
+
+  void add(const py::dict& rows, py::object streams) {
+    const auto replay = alive();
+    const ReplayConfig& config = replay->config();
+    std::vector<Column> columns;
+    columns.reserve(config.fields.size() + 5);
+    ReplayRows out;
+    std::optional<Tensor> named;
+    int64_t count = config.shape.streams;
+    if (!streams.is_none()) {
+      named.emplace(streams, "streams");
+      named->require_dtype({DType::i64});
+      require(named->rank == 1 && !named->device.cuda, "streams", "must be one-dimensional and on the CPU, got shape ",
+              named->shape_text());
+      named->require_contiguous();
+      count = named->size(0);
+      out.streams = named->as<int64_t>();
+    }
+    out.count = count;
+    size_t used = 0;
+    auto column = [&](const char* name, DType dtype, const std::vector<int64_t>& shape) {
+      PyObject* value = PyDict_GetItemString(rows.ptr(), name);  // borrowed
+      require(value, "rows", "must have '", name, "'");
+      ++used;
+      columns.emplace_back(py::handle(value), name, dtype, shape, count);
+      return columns.back().rows();
+    };
+    static const std::vector<int64_t> scalar;
+    for (const ReplayField& f : config.fields) out.fields.push_back(column(f.name.c_str(), f.dtype, f.shape));
+    out.reward = column("reward", DType::f32, scalar);
+    out.terminated = column("terminated", DType::boolean, scalar);
+    out.is_first = column("is_first", DType::boolean, scalar);
+    out.is_last = column("is_last", DType::boolean, scalar);
+    if (rows.contains("priority")) {
+      require(config.priority_exponent > 0, "priority", "is for a replay with priority_exponent > 0");
+      out.priority = column("priority", DType::f32, scalar);
+    }
+    if (used != rows.size()) refuse_unknown(rows, config);
+    py::gil_scoped_release unlocked;
+    replay->add(out);
+  }
+
+  std::shared_ptr<ReplayBuffers> empty(int64_t batch) {
+    const auto replay = alive();
+    check_batch(batch);
+    auto buffers = std::make_shared<ReplayBuffers>();
+    buffers->owner = replay;
+    buffers->batch = batch;
+    for (const ReplayOutput& o : replay->layout(batch)) {
+      const py::dtype type(o.dtype == DType::boolean ? "?" : dtype_name(o.dtype));
+      int64_t bytes = item_size(o.dtype);
+      for (int64_t d : o.shape) bytes *= d;
+      auto* pages = new Pages(bytes);
+      py::capsule owner(pages, [](void* p) { delete static_cast<Pages*>(p); });
+      py::array array(type, std::vector<py::ssize_t>(o.shape.begin(), o.shape.end()), pages->data(), owner);
+      buffers->pointers.push_back(pages->data());
+      buffers->arrays[py::str(o.name)] = array;
+    }
+    return buffers;
+  }
+
+  std::shared_ptr<ReplayBuffers> into(int64_t batch, const py::dict& arrays) {
+    const auto replay = alive();
+    check_batch(batch);
+    auto buffers = std::make_shared<ReplayBuffers>();
+    buffers->owner = replay;
+    buffers->batch = batch;
+    const auto layout = replay->layout(batch);
+    for (const ReplayOutput& o : layout) {
+      const std::string name = "out['" + o.name + "']";
+      require(arrays.contains(py::str(o.name)), "out", "must have '", o.name, "'; replay.layout(B) lists all of them");
+      const py::object object = arrays[py::str(o.name)];
+      if (!py::isinstance<py::array>(object)) throw py::type_error(name + ": must be a NumPy array");
+      const Tensor t(object, name.c_str());
+      t.require_dtype({o.dtype});
+      t.require_contiguous();
+      t.require_writable();
+      bool fits = t.rank == int(o.shape.size());
+      for (int i = 0; fits && i < t.rank; ++i) fits = t.shape[i] == o.shape[size_t(i)];
+      View wanted;
+      wanted.rank = int(o.shape.size());
+      std::copy(o.shape.begin(), o.shape.end(), wanted.shape);
+      require(fits, name.c_str(), "must have shape ", wanted.shape_text(), ", got ", t.shape_text());
+      buffers->pointers.push_back(t.data);
+      buffers->arrays[py::str(o.name)] = object;
+    }
+    require(arrays.size() == layout.size(), "out", "must have the arrays of replay.layout(B) alone, got ",
+            arrays.size(), " where there are ", layout.size());
+    return buffers;
+  }
+
+  void sample(ReplayBuffers& buffers) {
+    const auto replay = alive();
+    require(buffers.owner.lock() == replay, "out", "must be made by this replay");
+    py::gil_scoped_release unlocked;
+    replay->sample(buffers.batch, buffers.pointers.data());
+  }
+
+  py::list layout(int64_t batch) {
+    check_batch(batch);
+    py::list out;
+    for (const ReplayOutput& o : alive()->layout(batch))
+      out.append(py::make_tuple(o.name, py::tuple(py::cast(o.shape)), dtype_name(o.dtype)));
+    return out;
+  }
+
+  void update_priorities(py::object indices_in, py::object td_in, py::object mask_in) {
+    const auto replay = alive();
+    const ReplayConfig& config = replay->config();
+    const Tensor indices(indices_in, "indices");
+    indices.require_dtype({DType::i64});
+    require(indices.rank == 1 && !indices.device.cuda, "indices", "must be one-dimensional and on the CPU, got shape ",
+            indices.shape_text());
+    indices.require_contiguous();
+    const int64_t batch = indices.size(0);
+    const bool windows = config.shape.n_step > 0;
+    const int64_t steps = windows ? 1 : config.shape.length - 1 - config.shape.burn_in;
+    auto check = [&](const Tensor& t, DType dtype) {
+      t.require_dtype({dtype});
+      require(!t.device.cuda, t.name(), "must lie on the CPU, got ", t.device.name());
+      require(t.size(0) == batch && (windows ? t.rank == 1 : t.rank == 2 && t.size(1) == steps), t.name(),
+              "must have shape (", batch, windows ? ",)" : text(", ", steps, ")"), ", got ", t.shape_text());
+      t.require_contiguous();
+    };
+    const Tensor td(td_in, "td");
+    check(td, DType::f32);
+    std::optional<Tensor> mask;
+    if (!mask_in.is_none()) {
+      mask.emplace(mask_in, "mask");
+      check(*mask, DType::boolean);
+    }
+    py::gil_scoped_release unlocked;
+    replay->update_priorities(batch, steps, indices.as<int64_t>(), td.as<float>(), mask ? mask->as<bool>() : nullptr);
+  }
+
+  py::tuple save(const std::string& rows_path, const std::string& state_path, const std::vector<int64_t>& from) {
+    const auto replay = alive();
+    require(int64_t(from.size()) == replay->config().shape.streams, "from", "must name every stream");
+    ReplaySaved saved;
+    {
+      py::gil_scoped_release unlocked;
+      saved = replay->save(rows_path, state_path, from);
+    }
+    return py::make_tuple(saved.from, saved.to, saved.rows_bytes, saved.rows_crc, saved.state_bytes, saved.state_crc);
+  }
+  void load_rows(const std::string& path, std::vector<int64_t> from, std::vector<int64_t> to, int64_t bytes,
+                 uint32_t crc) {
+    const auto replay = alive();
+    const size_t streams = size_t(replay->config().shape.streams);
+    require(from.size() == streams && to.size() == streams, path.c_str(), "its manifest names other streams");
+    ReplaySaved saved;
+    saved.from = std::move(from), saved.to = std::move(to), saved.rows_bytes = bytes, saved.rows_crc = crc;
+    py::gil_scoped_release unlocked;
+    replay->load_rows(path, saved);
+  }
+  void load_state(const std::string& path, int64_t bytes, uint32_t crc) {
+    const auto replay = alive();
+    ReplaySaved saved;
+    saved.state_bytes = bytes, saved.state_crc = crc;
+    py::gil_scoped_release unlocked;
+    replay->load_state(path, saved);
+  }
+
+  template <class Result>
+  Result ask(Result (Replay::*what)()) {
+    const auto replay = alive();
+    py::gil_scoped_release unlocked;
+    return (replay.get()->*what)();
+  }
+  int64_t bytes() { return alive()->bytes(); }
+  int64_t capacity() { return alive()->config().shape.streams * alive()->config().shape.rows; }
+  bool closed() const { return !replay_; }
+
+ private:
+  std::shared_ptr<Replay> alive() const {
+    if (!replay_) throw std::runtime_error("SequenceReplay: it has been closed");
+    return replay_;
+  }
+  static void check_batch(int64_t batch) {
+    require(batch >= 1 && batch <= (int64_t(1) << 24), "B", "must lie in 1..", int64_t(1) << 24, ", got ", batch);
+  }
+  [[noreturn]] static void refuse_unknown(const py::dict& rows, const ReplayConfig& config) {
+    std::set<std::string> known{"reward", "terminated", "is_first", "is_last", "priority"};
+    for (const ReplayField& f : config.fields) known.insert(f.name);
+    std::string accepted;
+    for (const std::string& name : known) accepted += (accepted.empty() ? "" : ", ") + name;
+    for (const auto& entry : rows) {
+      const auto name = py::str(entry.first).cast<std::string>();
+      require(known.count(name), "rows", "'", name, "' is not a column of this replay, which has ", accepted);
+    }
+    throw std::invalid_argument("rows: must have names that are str");
+  }
+
+  std::shared_ptr<Replay> replay_;
+};
+
+}  // namespace
+
+void bind_replay(py::module_& m) {
+  py::register_local_exception_translator([](std::exception_ptr pointer) {
+    try {
+      if (pointer) std::rethrow_exception(pointer);
+    } catch (const SystemError& error) {
+      errno = error.code;
+      const py::object type = py::reinterpret_borrow<py::object>(PyExc_OSError);
+      const py::object made = type(error.code, text(error.what(), ": ", std::strerror(error.code)), error.file);
+      PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(made.ptr())), made.ptr());
+    } catch (const MemoryShortage& error) {
+      PyErr_SetString(PyExc_MemoryError, error.what());
+    }
+  });
+  m.def(
+      "crc32c",
+      [](const py::bytes& data) {
+        const std::string_view view = data;
+        return crc32c(0, view.data(), int64_t(view.size()));
+      },
+      py::arg("data"), "CRC-32C of bytes, as saved replays use it.");
+  py::class_<ReplayBuffers, std::shared_ptr<ReplayBuffers>>(m, "ReplayBuffers", "The arrays one batch is written to.")
+      .def_readonly("batch", &ReplayBuffers::batch)
+      .def_readonly("arrays", &ReplayBuffers::arrays);
+  py::class_<PyReplay>(m, "SequenceReplay", "What urlfast.SequenceReplay stands on.")
+      .def(py::init<int64_t, const std::vector<PyReplay::FieldTuple>&, int64_t, std::optional<int64_t>, int64_t,
+                    int64_t, std::optional<int64_t>, std::optional<double>, std::optional<int64_t>, bool, double,
+                    double, double, const std::string&, const std::string&, py::handle, uint64_t, int64_t>(),
+           py::arg("capacity"), py::arg("fields"), py::kw_only(), py::arg("num_streams"), py::arg("sequence_length"),
+           py::arg("stride"), py::arg("burn_in"), py::arg("n_step"), py::arg("gamma"), py::arg("frame_stack"),
+           py::arg("cross_episodes"), py::arg("priority_exponent"), py::arg("importance_exponent"), py::arg("eta"),
+           py::arg("storage"), py::arg("path"), py::arg("device"), py::arg("seed"), py::arg("expected_rows"))
+      .def("close", &PyReplay::close)
+      .def("add", &PyReplay::add, py::arg("rows"), py::arg("streams"))
+      .def("empty", &PyReplay::empty, py::arg("batch"))
+      .def("into", &PyReplay::into, py::arg("batch"), py::arg("arrays"))
+      .def("sample", &PyReplay::sample, py::arg("buffers"))
+      .def("layout", &PyReplay::layout, py::arg("batch"))
+      .def("update_priorities", &PyReplay::update_priorities, py::arg("indices"), py::arg("td"), py::arg("mask"))
+      .def("save", &PyReplay::save, py::arg("rows_path"), py::arg("state_path"), py::arg("begin"))
+      .def("load_rows", &PyReplay::load_rows, py::arg("path"), py::arg("begin"), py::arg("end"), py::arg("size"),
+           py::arg("crc"))
+      .def("load_state", &PyReplay::load_state, py::arg("path"), py::arg("size"), py::arg("crc"))
+      .def("size", [](PyReplay& r) { return r.ask(&Replay::size); })
+      .def("sampleable", [](PyReplay& r) { return r.ask(&Replay::sampleable); })
+      .def("stale_updates", [](PyReplay& r) { return r.ask(&Replay::stale_updates); })
+      .def("bytes", &PyReplay::bytes)
+      .def("capacity", &PyReplay::capacity)
+      .def_property_readonly("closed", &PyReplay::closed);
+}
+
 }  // namespace urlfast

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
+import re
 import sys
+import tempfile
+from dataclasses import dataclass, field
+
+import numpy as np
 
 try:
     from urlfast import _core
@@ -25,6 +33,62 @@ def _detached(array):
 
 
 # knn ------------------------------------------------------------------------------------------------------------------
+
+
+def knn(queries, keys=None, k=12, *, lengths=None, include_self=True):
+    """The k nearest rows of `keys` to each row of `queries`: Euclidean, exact, ascending, ties to the lowest index.
+
+    queries: (B, D), or (S, B, D) for S independent problems; float16, bfloat16, float32 or float64, finite, C-contiguous; NumPy, torch,
+        CuPy or JAX, on CPU or CUDA.
+    keys: (M, D) or (S, M, D), like queries. None: each batch is its own pool, and a row is its own first neighbour.
+    k: 1 <= k <= M.
+    lengths: S host integers in 0..M, with keys (S, M, D): problem s sees keys[s, :lengths[s]] alone, and nothing is copied. Any k >= 1 is
+        then accepted.
+    include_self: False excludes each row from its own neighbours, by index (duplicates of it stay); then k <= B - 1. Not with keys.
+    Returns (distances, indices), (B, k) or (S, B, k), in queries' library, on queries' device, without gradient: float64 for float64 and
+    float32 otherwise (computed in that precision, from differences, so a large mean costs no digits); int64. Where a problem has fewer
+    than k keys, rows end in infinity and -1. Deterministic, whatever the number of threads.
+    Raises TypeError (no array, dtype), ValueError (shape, layout, k, lengths, devices; on the CPU also NaN or infinity in rows in use: on
+    CUDA NaN propagates instead).
+    """
+    return _core.knn(_detached(queries), _detached(keys), k, lengths, include_self)
+
+
+def knn_reward(
+    z,
+    k=12,
+    memory=None,
+    *,
+    lengths=None,
+    reduction="mean",
+    exponent=1.0,
+    c=1.0,
+    include_self=True,
+    normalizer=None,
+    update_normalizer=True,
+):
+    """Particle-entropy reward: log(c + mean over the k nearest neighbours of distance ** exponent), for each row of z.
+
+    z: (B, D), or (S, B, D) for S independent batches; float16, bfloat16, float32 or float64, finite, C-contiguous; NumPy, torch, CuPy or
+        JAX, on CPU or CUDA.
+    k: 1 <= k <= the rows of the pool.
+    memory: (M, D) or (S, M, D), like z: the neighbours come from here. None: the batch is its own pool, and a row counts as the first of
+        its own k neighbours, at distance 0, as in the released APT and URLB code.
+    lengths: S host integers in 0..M, with memory (S, M, D): batch s sees memory[s, :lengths[s]] alone, and nothing is copied. The mean is
+        over min(k, length) neighbours; an empty memory gives log(c). Any k >= 1 is then accepted.
+    reduction: "mean" over the neighbours, or "kth": the farthest of them alone.
+    include_self: False excludes each row from its own neighbours, by index; then k <= B - 1. Not with memory.
+    normalizer: a RunningNormalizer of shape () on z's device. The neighbours' distances (with "kth" the k-th ones) first update it, unless
+        update_normalizer is False, and are then divided by its scale, clipped if it clips, raised to the exponent and reduced.
+    Returns (B,) or (S, B), float64 for float64 and float32 otherwise, in z's library, on z's device; carries no gradient. No B x M matrix
+    is ever made. Deterministic, whatever the number of threads.
+    Raises TypeError (no array, dtype), ValueError (shape, layout, k, lengths, reduction, exponent <= 0, c <= 0, devices, the
+    normalizer's shape; on the CPU also NaN or infinity in rows in use: on CUDA NaN propagates instead).
+    Source: APT (Liu, Abbeel 2021), eq. 5 with exponent 1.
+    """
+    return _core.knn_reward(
+        _detached(z), k, _detached(memory), lengths, reduction, exponent, c, include_self, normalizer, update_normalizer
+    )
 
 
 # normaliser -----------------------------------------------------------------------------------------------------------
@@ -79,6 +143,367 @@ def _restored_normalizer(mode, shape, epsilon, clip, momentum, device, state):
 
 
 # replay ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Field:
+    """A column of a SequenceReplay: shape and dtype of one row. every=stride: kept and returned for a sequence's first row only."""
+
+    shape: tuple[int, ...] = ()
+    dtype: str = "float32"
+    every: int = 1
+
+
+class Batch:
+    """Arrays by name: `batch.reward` or `batch["reward"]`; `batch.keys()` lists them."""
+
+    def __init__(self, arrays: dict[str, np.ndarray], frames: dict[str, np.ndarray]):
+        self.__dict__.update(arrays)
+        self.frames = frames
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self.keys():
+            raise KeyError(name)
+        return self.__dict__[name]
+
+    def keys(self) -> list[str]:
+        return [name for name in self.__dict__ if name != "frames"]
+
+    def __repr__(self) -> str:
+        return "Batch(" + ", ".join(f"{name} {self[name].dtype}{list(self[name].shape)}" for name in self.keys()) + ")"
+
+
+class SequenceReplay:
+    """Rows of many environments in a ring; n-step transitions or sequences drawn from them, uniformly or by priority.
+
+    A row is (o_t, what was done there, what that paid): every array of `fields`, and always reward float32, terminated, is_first, is_last
+    bool. reward_t and terminated_t belong to leaving o_t; is_last_t says that nothing leaves o_t, so its reward and terminated are unused.
+    A transition exists where neither is_last_t nor is_first_{t+1}: an is_first without an is_last before it is a cut, as after a resume.
+
+    capacity: rows in all; each of the num_streams streams keeps its newest capacity // num_streams. What they take is computed first:
+        MemoryError where less is available. A row is stored once, whatever n_step, frame_stack, sequence_length and stride are.
+    fields: {name: Field(shape, dtype, every=1)}. "observation" is the one that is stacked, and that n_step batches hold twice.
+    n_step, gamma: batches of windows of m = min(n_step, steps to the episode's end, steps to a terminated row), uniform over the complete
+        ones (those of a running episode become so one by one). Arrays, a row per window: observation, next_observation (o_{t+m}), the
+        other fields at t, reward = sum_i gamma^i r_{t+i}, discount = gamma^m * prod(1 - terminated), steps = m.
+    sequence_length: otherwise, batches of L = sequence_length rows [B, L, ...], burn_in first and one last row to bootstrap from. They
+        start at an episode's first row (or a cut) and every `stride` rows after it; a short tail keeps its start, is padded with zeros,
+        and is drawn when it has a transition after the burn-in. mask [B, L-1] says which transitions exist; reward, terminated,
+        is_first, is_last are [B, L]. cross_episodes=True: full chunks of the stream across resets, every `stride` rows from its first.
+    frame_stack: observations become stacks of that many frames along their first axis, oldest first, zeros before the episode's start.
+        In sequences they are strided views of batch.frames["observation"], [B, L + frame_stack - 1, ...], which holds each frame once:
+        copy that one to a device.
+    priority_exponent, importance_exponent, eta: an item is drawn in proportion to p^priority_exponent (kept in units of 2^-24, at least
+        one), where p = eta * max|td| + (1 - eta) * mean|td| of its last update, or |td| with n_step. New items enter with the highest p
+        seen (1 before any), or with what rows["priority"] says in the row they start with (NaN: the highest seen).
+        weight = (number of items * probability)^-importance_exponent, divided by the largest of the batch.
+    ring: batches are NumPy arrays in `ring` sets of buffers used in turn: a batch stays intact during the next ring - 1 calls of sample.
+    storage="file": fields live in an unlinked scratch file in folder `path`, wholly reserved at the start: OSError if the disk is full.
+    seed: draws depend on it and on how often sample was called before, never on threads.
+
+    One thread may add while another samples: a batch is never torn. Methods of a closed replay raise RuntimeError.
+    Raises TypeError (a dtype, not an array), ValueError (anything else wrong with an argument, which it names), MemoryError, OSError.
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        fields: dict[str, Field],
+        *,
+        num_streams: int,
+        sequence_length: int | None = None,
+        stride: int = 1,
+        burn_in: int = 0,
+        n_step: int | None = None,
+        gamma: float | None = None,
+        frame_stack: int | None = None,
+        cross_episodes: bool = False,
+        priority_exponent: float = 0.0,
+        importance_exponent: float = 0.0,
+        eta: float = 0.9,
+        ring: int = 3,
+        storage: str = "memory",
+        path: str | os.PathLike | None = None,
+        device: str = "cpu",
+        seed: int = 0,
+    ):
+        options = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        self._open(options)
+
+    def _open(self, options: dict, read_only: bool = False, expected_rows: int = -1) -> None:
+        """Everything that construction and load have in common."""
+        options = dict(options)
+        fields, ring, path = options.pop("fields"), options.pop("ring"), options.pop("path")
+        if not isinstance(fields, dict) or not all(isinstance(name, str) and isinstance(f, Field) for name, f in fields.items()):
+            raise TypeError("fields: must be a dict of str to urlfast.Field")
+        for name, f in fields.items():
+            if not name.isidentifier() or name.startswith("_"):
+                raise ValueError(f"fields: '{name}' must be an identifier without a leading underscore")
+            if not isinstance(f.shape, tuple):
+                raise TypeError(f"fields: '{name}' must have a tuple as its shape, got {f.shape!r}")
+        if not isinstance(ring, int) or not 1 <= ring <= 1024:
+            raise ValueError(f"ring: must lie in 1..1024, got {ring!r}")
+        if not isinstance(options["seed"], int) or not 0 <= options["seed"] < 2**64:
+            raise ValueError(f"seed: must lie in 0..2^64-1, got {options['seed']!r}")
+        if path is not None and options["storage"] == "memory":
+            raise ValueError("path: is for storage='file'")
+        columns = [(name, list(f.shape), np.dtype(f.dtype).name, f.every) for name, f in fields.items()]
+        scratch = os.fspath(path) if path is not None else tempfile.gettempdir()
+        self._core = _core.SequenceReplay(options.pop("capacity"), columns, path=scratch, expected_rows=expected_rows, **options)
+        self._options = {**options, "capacity": self._core.capacity(), "fields": fields, "ring": ring}
+        self._stack = options["frame_stack"] if options["sequence_length"] is not None else None
+        self._ring: list[tuple | None] = [None] * ring
+        self._next = 0
+        self._read_only = read_only
+        self._saved = _Saved()
+
+    # Rows in, batches out
+
+    def add(self, rows: dict[str, np.ndarray], streams: np.ndarray | None = None) -> None:
+        """Append one row to every stream, or row i to stream streams[i] (int64; a stream may stand there several times, oldest row first).
+
+        rows: exactly this replay's columns, [N, ...] in their dtypes, each row contiguous; NumPy or by DLPack, on the CPU. Copied.
+        rows["priority"]: float32, optional, with priority_exponent > 0 only.
+        ValueError, with nothing appended, when a row is not is_first where its stream begins or after an is_last.
+        """
+        self._writable("add")
+        self._core.add(rows, streams)
+
+    def sample(self, B: int, out: dict[str, np.ndarray] | None = None) -> Batch:
+        """B items, drawn with replacement. The batch stays intact during the next `ring` - 1 calls; one written to `out` is the caller's.
+
+        out: arrays by name as `layout(B)` lists them, C-contiguous and writable (the NumPy face of pinned tensors, say).
+        Every batch has indices int64 (the item; for update_priorities), probability and weight float32, [B].
+        """
+        if out is not None:
+            buffers, arrays, frames = self._views(self._core.into(B, dict(out)))
+        else:
+            place, self._next = self._next, (self._next + 1) % len(self._ring)
+            if self._ring[place] is None or self._ring[place][0].batch != B:
+                self._ring[place] = self._views(self._core.empty(B))
+            buffers, arrays, frames = self._ring[place]
+        self._core.sample(buffers)
+        return Batch(arrays, frames)
+
+    def _views(self, buffers) -> tuple:
+        arrays, frames = buffers.arrays, {}
+        if self._stack and self._stack > 1:
+            array = frames["observation"] = arrays["observation"]
+            n, length, frame = array.shape[0], self._options["sequence_length"], array.shape[2:]
+            arrays["observation"] = np.lib.stride_tricks.as_strided(
+                array, (n, length, self._stack * frame[0], *frame[1:]), (*array.strides[:2], *array.strides[2:]), writeable=True
+            )
+        return buffers, arrays, frames
+
+    def layout(self, B: int) -> dict[str, tuple[tuple[int, ...], str]]:
+        """{name: (shape, dtype)} of the arrays behind a batch of B, for `out`; stacked observations stand as single frames."""
+        return {name: (shape, dtype) for name, shape, dtype in self._core.layout(B)}
+
+    def update_priorities(self, indices, td, mask=None) -> None:
+        """Set the priorities of sampled items from their errors; with priority_exponent = 0 they are only checked.
+
+        indices: int64 [B], of a batch. td: float32, [B] with n_step, else [B, L - 1 - burn_in]. mask: bool, like td; None: the transitions
+        that exist. A row without any keeps its priority. Indices whose rows were overwritten meanwhile are ignored and counted
+        (`stale_updates`); of repeated ones the last counts. td must be finite where it counts.
+        """
+        self._writable("update_priorities")
+        self._core.update_priorities(indices, _detached(td), mask)
+
+    def __len__(self) -> int:
+        return self._core.size()
+
+    @property
+    def sampleable(self) -> int:
+        """Items that can be drawn now: complete transitions or sequences."""
+        return self._core.sampleable()
+
+    @property
+    def stale_updates(self) -> int:
+        """Priority updates that came after their rows were overwritten."""
+        return self._core.stale_updates()
+
+    @property
+    def capacity(self) -> int:
+        """Rows it can hold: a multiple of num_streams."""
+        return self._core.capacity()
+
+    @property
+    def num_streams(self) -> int:
+        return self._options["num_streams"]
+
+    @property
+    def bytes(self) -> int:
+        """What a full replay takes, batches aside; with Field(every=stride), for episodes longer than the stride."""
+        return self._core.bytes()
+
+    def close(self) -> None:
+        """Free the rows now. Batches already handed out stay."""
+        self._core.close()
+        self._ring = [None] * len(self._ring)
+
+    def _writable(self, what: str) -> None:
+        if self._read_only:
+            raise ValueError(f"{what}: this replay was loaded with read_only=True")
+
+    # Files: rows-*.bin hold rows and never change, state-*.bin holds the rest of one save, manifest.json names what belongs together
+
+    def save(self, folder: str | os.PathLike) -> list[str]:
+        """Write what is new since the last save into `folder`, then its manifest.json; returns the names of the files this state needs.
+
+        Rows go to one new file per save, priorities and counters to another; neither ever changes, and nothing is deleted: a copy of an
+        older
+        manifest.json stays loadable until `prune` is told that nobody keeps it. Every file is written under a name that begins with a dot,
+        synced and renamed, the manifest last: a crash at any moment leaves the previous save whole. Another thread may go on adding.
+        OSError, with errno and filename, when a file cannot be written: it is removed, and save works again once there is room.
+        """
+        self._writable("save")
+        folder = os.path.realpath(folder)
+        os.makedirs(folder, exist_ok=True)
+        segments = self._saved.segments if self._saved.whole(folder) else []
+        begin = segments[-1]["end"] if segments else [0] * self.num_streams
+        number = max([int(name[1]) for name in map(_REPLAY_FILE.fullmatch, os.listdir(folder)) if name], default=0) + 1
+        tag = f"{number:06d}-{os.urandom(6).hex()}.bin"
+        rows, state = f"rows-{tag}", f"state-{tag}"
+        made = [os.path.join(folder, "." + rows), os.path.join(folder, "." + state)]
+        try:
+            begin, end, size, crc, state_size, state_crc = self._core.save(*made, begin)
+            kept = self.capacity // self.num_streams
+            segments = [s for s in segments if any(b > e - kept for b, e in zip(s["end"], end, strict=True))]
+            if begin != end:
+                segments.append({"file": rows, "size": size, "crc32c": crc, "begin": begin, "end": end})
+                os.rename(made[0], path := os.path.join(folder, rows))
+                made[0] = path
+            else:
+                os.unlink(made.pop(0))
+            os.rename(made[-1], path := os.path.join(folder, state))
+            made[-1] = path
+            _sync_folder(folder)
+            manifest = {
+                "format": "urlfast-replay",
+                "version": 1,
+                "options": {name: value for name, value in self._options.items() if name not in ("fields", "storage", "device")},
+                "fields": {name: [list(f.shape), np.dtype(f.dtype).name, f.every] for name, f in self._options["fields"].items()},
+                "state": {"file": state, "size": state_size, "crc32c": state_crc},
+                "segments": segments,
+            }
+            manifest["crc32c"] = _manifest_crc(manifest)
+            made.append(os.path.join(folder, ".manifest.json"))
+            with open(made[-1], "w") as file:
+                json.dump(manifest, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.rename(made[-1], os.path.join(folder, "manifest.json"))
+        except Exception:  # not KeyboardInterrupt: one that comes just after the last rename must not undo it
+            for path in made:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(path)
+            raise
+        _sync_folder(folder)
+        self._saved = _Saved(folder, segments)
+        return [s["file"] for s in segments] + [state]
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | os.PathLike,
+        read_only: bool = False,
+        *,
+        manifest: str | os.PathLike | None = None,
+        storage: str = "memory",
+        path: str | os.PathLike | None = None,
+        device: str = "cpu",
+    ) -> SequenceReplay:
+        """The replay that was saved; it goes on sampling exactly as that one would have. Its next save into `folder` writes what is new.
+
+        manifest: a copy of an older manifest.json; None: the folder's own. storage, path, device: as at construction.
+        read_only: for reports: takes the memory of the rows held alone; add, update_priorities and save are refused.
+        ValueError names the file that is missing, truncated, damaged (every file has a checksum) or not a saved replay's.
+        """
+        folder = os.path.realpath(folder)
+        source = os.path.join(folder, "manifest.json") if manifest is None else os.fspath(manifest)
+        saved = _read_manifest(source)
+        try:
+            fields = {name: Field(tuple(shape), dtype, every) for name, (shape, dtype, every) in saved["fields"].items()}
+            options = {**saved["options"], "fields": fields, "storage": storage, "path": path, "device": device}
+            segments, state = saved["segments"], saved["state"]
+            end = segments[-1]["end"] if segments else []
+            held = sum(min(n, options["capacity"] // options["num_streams"]) for n in end)
+            files = [(s["file"], s["begin"], s["end"], s["size"], s["crc32c"]) for s in segments]
+            last = (state["file"], state["size"], state["crc32c"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"{source}: is not the manifest of a saved replay ({error!r})") from error
+        for name in [f[0] for f in files] + [last[0]]:
+            if not (isinstance(name, str) and _REPLAY_FILE.fullmatch(name)):
+                raise ValueError(f"{source}: names a file that no replay writes: {name!r}")
+        replay = cls.__new__(cls)
+        replay._open(options, read_only, held if read_only else -1)
+        for name, *rest in files:
+            replay._core.load_rows(os.path.join(folder, name), *rest)
+        replay._core.load_state(os.path.join(folder, last[0]), *last[1:])
+        replay._saved = _Saved(folder, segments)
+        return replay
+
+    @staticmethod
+    def prune(folder: str | os.PathLike, keep: list[str | os.PathLike] = ()) -> list[str]:
+        """Delete saved files of `folder` that neither its manifest.json nor a manifest in `keep` names, and those a crash left unfinished.
+
+        Returns the deleted names. A manifest that cannot be read is an error (ValueError), and then nothing is deleted.
+        """
+        own = os.path.join(folder, "manifest.json")
+        manifests = [_read_manifest(path) for path in [*keep, *([own] if os.path.exists(own) else [])]]
+        needed = {entry["file"] for manifest in manifests for entry in [*manifest["segments"], manifest["state"]]}
+        names = sorted(os.listdir(folder))
+        gone = [n for n in names if n == ".manifest.json" or (_REPLAY_FILE.fullmatch(n.removeprefix(".")) and n not in needed)]
+        for name in gone:
+            os.unlink(os.path.join(folder, name))
+        return gone
+
+
+_REPLAY_FILE = re.compile(r"(?:rows|state)-(\d{6,})-[0-9a-f]{12}\.bin")
+
+
+@dataclass
+class _Saved:
+    """What the last save or load left where: those files need not be written again."""
+
+    folder: str | None = None
+    segments: list[dict] = field(default_factory=list)
+
+    def whole(self, folder: str) -> bool:
+        try:
+            return self.folder == folder and all(os.path.getsize(os.path.join(folder, s["file"])) == s["size"] for s in self.segments)
+        except OSError:
+            return False
+
+
+def _manifest_crc(manifest: dict) -> int:
+    rest = {name: value for name, value in manifest.items() if name != "crc32c"}
+    return _core.crc32c(json.dumps(rest, sort_keys=True).encode())
+
+
+def _read_manifest(path: str | os.PathLike) -> dict:
+    try:
+        with open(path, "rb") as file:
+            manifest = json.loads(file.read())
+    except FileNotFoundError:
+        raise ValueError(f"{path}: is missing") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: is not the manifest of a saved replay ({error})") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != "urlfast-replay":
+        raise ValueError(f"{path}: is not the manifest of a saved replay")
+    if manifest.get("version") != 1:
+        raise ValueError(f"{path}: has version {manifest.get('version')!r}; this urlfast reads version 1")
+    if manifest.get("crc32c") != _manifest_crc(manifest):
+        raise ValueError(f"{path}: is damaged: its checksum is not the one that was saved")
+    return manifest
+
+
+def _sync_folder(folder: str) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 # latent ---------------------------------------------------------------------------------------------------------------

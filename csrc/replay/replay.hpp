@@ -1,0 +1,113 @@
+// Sequence replay: rows of many streams in a ring, windows drawn from them uniformly or by priority. No Python, torch
+// or CUDA header reaches this file. ReplayIndex (which windows exist) and SumTree (drawing one) are shared by both
+// devices.
+#pragma once
+#include <cstdint>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "common/tensor.hpp"
+#include "replay/replay_index.hpp"
+
+namespace urlfast {
+
+struct ReplayField {
+  std::string name;
+  DType dtype = DType::f32;
+  std::vector<int64_t> shape;  // of one row
+  bool at_starts = false;      // kept and returned for a sequence's first row only
+
+  int64_t row_bytes() const {
+    int64_t n = item_size(dtype);
+    for (int64_t d : shape) n *= d;
+    return n;
+  }
+};
+
+struct ReplayConfig {
+  ReplayShape shape;  // `ring` is filled in by the replay
+  std::vector<ReplayField> fields;
+  int observation = -1;  // the field whose frames are stacked, and that n-step batches hold twice; -1: none
+  double gamma = 1.0;
+  double priority_exponent = 0.0, importance_exponent = 0.0, eta = 0.9;
+  uint64_t seed = 0;
+  bool file = false;  // columns in an unlinked file under `path` instead of memory
+  std::string path;
+  int64_t expected_rows = -1;  // rows that will be touched, for the check against free memory; -1: all
+};
+
+// One array of a batch.
+struct ReplayOutput {
+  std::string name;
+  DType dtype;
+  std::vector<int64_t> shape;
+};
+
+// Rows to append, row i to stream streams[i] (null: row i to stream i). Each row is contiguous; `step` bytes lie
+// between rows. fields in the order of the configuration.
+struct ReplayRows {
+  struct Column {
+    const void* data = nullptr;
+    int64_t step = 0;
+  };
+  int64_t count = 0;
+  const int64_t* streams = nullptr;
+  std::vector<Column> fields;
+  Column reward, terminated, is_first, is_last,
+      priority;  // priority.data null: every new item gets the highest one seen
+};
+
+struct ReplaySaved {
+  std::vector<int64_t> from, to;  // rows [from, to) of every stream
+  int64_t rows_bytes = 0, state_bytes = 0;
+  uint32_t rows_crc = 0, state_crc = 0;
+};
+
+// The operating system refused (a full disk, a missing folder): Python sees OSError with this errno and file name.
+struct SystemError : std::runtime_error {
+  SystemError(int code_, const std::string& what, std::string file_)
+      : std::runtime_error(what), code(code_), file(std::move(file_)) {}
+  int code;
+  std::string file;
+};
+// Python sees MemoryError.
+struct MemoryShortage : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// Safe to call from several threads: samplers take turns, and one of them never keeps an adder waiting unless the adder
+// would overwrite rows that are being read.
+class Replay {
+ public:
+  virtual ~Replay() = default;
+  virtual const ReplayConfig& config() const = 0;
+  virtual int64_t bytes() const = 0;
+  virtual int64_t size() = 0;        // rows held
+  virtual int64_t sampleable() = 0;  // items that can be drawn
+  virtual int64_t stale_updates() = 0;
+  virtual std::vector<ReplayOutput> layout(int64_t batch) const = 0;
+
+  // Throws std::invalid_argument, and appends nothing, when is_first does not follow is_last.
+  virtual void add(const ReplayRows& rows) = 0;
+  // out: one pointer for each entry of layout(batch).
+  virtual void sample(int64_t batch, void* const* out) = 0;
+  // td: (batch, steps), mask: the same or null. steps = 1 for n-step items, length - 1 - burn_in for sequences.
+  virtual void update_priorities(int64_t batch, int64_t steps, const int64_t* indices, const float* td,
+                                 const bool* mask) = 0;
+
+  // Writes the rows from `from` on (what is still held of them) to one file and everything else to another. An empty
+  // rows_path: state alone. Both are synced; a file that could not be completed is removed.
+  virtual ReplaySaved save(const std::string& rows_path, const std::string& state_path,
+                           const std::vector<int64_t>& from) = 0;
+  // Into a fresh replay: row files in the order of their rows, then the state. Throws std::invalid_argument naming the
+  // file that is not what was saved.
+  virtual void load_rows(const std::string& path, const ReplaySaved& saved) = 0;
+  virtual void load_state(const std::string& path, const ReplaySaved& saved) = 0;
+};
+
+// Checks the configuration, then the memory it takes, then allocates.
+std::unique_ptr<Replay> make_replay_cpu(ReplayConfig config);
+
+}  // namespace urlfast

@@ -1,0 +1,262 @@
+#include "replay/replay_storage.hpp"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+#if defined(__SSE4_2__)
+#include <nmmintrin.h>
+#endif
+
+#include <algorithm>
+#include <array>
+#include <cerrno>
+#include <cstdlib>
+#include <cstring>
+#include <fstream>
+#include <limits>
+
+#include "common/check.hpp"
+#include "replay/replay.hpp"
+
+namespace urlfast {
+namespace {
+
+constexpr size_t kBuffer = size_t(1) << 20;
+
+std::string gigabytes(int64_t bytes) {
+  char out[32];
+  std::snprintf(out, sizeof out, "%.2f GB", double(bytes) * 1e-9);
+  return out;
+}
+
+// The limit of a cgroup minus what it uses, following the group up to its root; -1 where nothing limits it.
+int64_t cgroup_room() {
+  int64_t room = -1;
+  auto number = [](const std::string& path) -> int64_t {
+    std::ifstream in(path);
+    std::string word;
+    if (!(in >> word) || word == "max") return -1;
+    return std::strtoll(word.c_str(), nullptr, 10);
+  };
+  auto consider = [&](const std::string& folder, const char* limit_name, const char* used_name) {
+    const int64_t limit = number(folder + limit_name), used = number(folder + used_name);
+    if (limit <= 0 || limit > int64_t(1) << 60 || used < 0) return;  // v1 writes a huge number for "no limit"
+    const int64_t left = std::max<int64_t>(0, limit - used);
+    room = room < 0 ? left : std::min(room, left);
+  };
+  std::ifstream groups("/proc/self/cgroup");
+  for (std::string line; std::getline(groups, line);) {
+    const bool v2 = line.rfind("0::", 0) == 0;
+    const size_t memory = line.find(":memory:");
+    if (!v2 && memory == std::string::npos) continue;
+    std::string path = v2 ? line.substr(3) : line.substr(memory + 8);
+    const std::string root = v2 ? "/sys/fs/cgroup" : "/sys/fs/cgroup/memory";
+    for (;;) {
+      const std::string folder = root + (path == "/" ? "" : path) + "/";
+      v2 ? consider(folder, "memory.max", "memory.current")
+         : consider(folder, "memory.limit_in_bytes", "memory.usage_in_bytes");
+      if (path.empty() || path == "/") break;
+      path.resize(path.rfind('/') == std::string::npos ? 0 : path.rfind('/'));
+    }
+  }
+  return room;
+}
+
+}  // namespace
+
+Pages::Pages(int64_t bytes) : bytes_(std::max<int64_t>(bytes, 1)) {
+  void* p = mmap(nullptr, size_t(bytes_), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (p == MAP_FAILED) throw MemoryShortage("could not map " + gigabytes(bytes_) + ": " + std::strerror(errno));
+  data_ = static_cast<char*>(p);
+#ifdef MADV_HUGEPAGE
+  if (bytes_ >= int64_t(2) << 20) madvise(p, size_t(bytes_), MADV_HUGEPAGE);  // advice: it may be declined
+#endif
+}
+
+Pages::Pages(int file, int64_t offset, int64_t bytes) : bytes_(std::max<int64_t>(bytes, 1)) {
+  void* p = mmap(nullptr, size_t(bytes_), PROT_READ | PROT_WRITE, MAP_SHARED, file, off_t(offset));
+  if (p == MAP_FAILED)
+    throw SystemError(errno, "could not map " + gigabytes(bytes_) + " of the scratch file", "scratch file");
+  data_ = static_cast<char*>(p);
+}
+
+Pages& Pages::operator=(Pages&& other) noexcept {
+  std::swap(data_, other.data_);
+  std::swap(bytes_, other.bytes_);
+  return *this;
+}
+
+Pages::~Pages() {
+  if (data_) munmap(data_, size_t(bytes_));
+}
+
+int64_t available_memory() {
+  int64_t available = -1;
+  std::ifstream info("/proc/meminfo");
+  std::string name;
+  int64_t kilobytes = 0;
+  for (std::string line; std::getline(info, line);)
+    if (line.rfind("MemAvailable:", 0) == 0) {
+      kilobytes = std::strtoll(line.c_str() + 13, nullptr, 10);
+      available = kilobytes * 1024;
+      break;
+    }
+  const int64_t room = cgroup_room();
+  if (room >= 0 && (available < 0 || room < available)) available = room;
+  return available;
+}
+
+int scratch_file(const std::string& folder, int64_t bytes) {
+  int file = -1;
+#ifdef O_TMPFILE
+  file = open(folder.c_str(), O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
+#endif
+  if (file < 0) {  // a file system without nameless files: a name for a moment
+    std::string name = folder + "/.urlfast-scratch-XXXXXX";
+    file = mkostemp(name.data(), O_CLOEXEC);
+    if (file < 0) throw SystemError(errno, "could not create a scratch file in path", folder);
+    unlink(name.c_str());
+  }
+  // Reserved now: a write to a page for which the disk has no room would kill the process.
+  const int code = posix_fallocate(file, 0, off_t(bytes));
+  if (code != 0) {
+    close(file);
+    throw SystemError(code, "could not reserve " + gigabytes(bytes) + " for the scratch file in path", folder);
+  }
+  return file;
+}
+
+uint32_t crc32c(uint32_t crc, const void* data, int64_t bytes) {
+  const auto* p = static_cast<const unsigned char*>(data);
+  crc = ~crc;
+#if defined(__SSE4_2__)
+  uint64_t wide = crc;
+  for (; bytes >= 8; bytes -= 8, p += 8) {
+    uint64_t word;
+    std::memcpy(&word, p, 8);
+    wide = _mm_crc32_u64(wide, word);
+  }
+  crc = uint32_t(wide);
+  for (; bytes > 0; --bytes) crc = _mm_crc32_u8(crc, *p++);
+#else
+  static const std::array<uint32_t, 256> table = [] {
+    std::array<uint32_t, 256> t{};
+    for (uint32_t i = 0; i < 256; ++i) {
+      uint32_t c = i;
+      for (int bit = 0; bit < 8; ++bit) c = c & 1 ? 0x82F63B78u ^ (c >> 1) : c >> 1;
+      t[i] = c;
+    }
+    return t;
+  }();
+  for (; bytes > 0; --bytes) crc = table[(crc ^ *p++) & 255] ^ (crc >> 8);
+#endif
+  return ~crc;
+}
+
+FileWriter::FileWriter(std::string path) : path_(std::move(path)) {
+  file_ = open(path_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0644);
+  if (file_ < 0) throw SystemError(errno, "could not create", path_);
+  buffer_.reserve(kBuffer);
+}
+
+FileWriter::~FileWriter() {
+  if (file_ < 0) return;
+  close(file_);
+  unlink(path_.c_str());
+}
+
+void FileWriter::fail(int code) {
+  close(file_);
+  file_ = -1;
+  unlink(path_.c_str());
+  throw SystemError(code, "could not write", path_);
+}
+
+void FileWriter::put(const char* data, int64_t bytes) {
+  while (bytes > 0) {
+    const ssize_t n = ::write(file_, data, size_t(std::min<int64_t>(bytes, int64_t(1) << 30)));
+    if (n < 0 && errno == EINTR) continue;
+    if (n <= 0) fail(n < 0 ? errno : ENOSPC);
+    data += n, bytes -= n;
+  }
+}
+
+void FileWriter::flush() {
+  put(buffer_.data(), int64_t(buffer_.size()));
+  buffer_.clear();
+}
+
+void FileWriter::write(const void* data, int64_t bytes) {
+  const char* p = static_cast<const char*>(data);
+  crc_ = crc32c(crc_, p, bytes);
+  bytes_ += bytes;
+  if (size_t(bytes) + buffer_.size() > kBuffer) flush();
+  if (size_t(bytes) >= kBuffer / 4)
+    flush(), put(p, bytes);
+  else
+    buffer_.insert(buffer_.end(), p, p + bytes);
+}
+
+void FileWriter::finish() {
+  flush();
+  if (fsync(file_) != 0) fail(errno);
+  const int file = file_;
+  file_ = -1;
+  if (close(file) != 0) {  // where a network file system reports what it could not store
+    const int code = errno;
+    unlink(path_.c_str());
+    throw SystemError(code, "could not write", path_);
+  }
+}
+
+FileReader::FileReader(std::string path, int64_t bytes, uint32_t crc)
+    : path_(std::move(path)), left_(bytes), expected_(crc) {
+  file_ = open(path_.c_str(), O_RDONLY | O_CLOEXEC);
+  if (file_ < 0 && errno == ENOENT) refuse("is missing");
+  if (file_ < 0) throw SystemError(errno, "could not open", path_);
+  struct stat info;
+  if (fstat(file_, &info) != 0 || info.st_size != bytes) {
+    close(file_);
+    file_ = -1;
+    refuse(text("is truncated or foreign: ", int64_t(info.st_size), " bytes where ", bytes, " were saved"));
+  }
+}
+
+FileReader::~FileReader() {
+  if (file_ >= 0) close(file_);
+}
+
+void FileReader::refuse(const std::string& why) const { throw std::invalid_argument(path_ + ": " + why); }
+
+void FileReader::read(void* data, int64_t bytes) {
+  char* to = static_cast<char*>(data);
+  if (bytes < 0 || bytes > left_ + int64_t(buffer_.size() - position_)) refuse("is damaged: it ends too early");
+  while (bytes > 0) {
+    if (position_ == buffer_.size()) {
+      buffer_.resize(size_t(std::min<int64_t>(left_, int64_t(kBuffer))));
+      position_ = 0;
+      for (size_t have = 0; have < buffer_.size();) {
+        const ssize_t n = ::read(file_, buffer_.data() + have, buffer_.size() - have);
+        if (n < 0 && errno == EINTR) continue;
+        if (n < 0) throw SystemError(errno, "could not read", path_);
+        if (n == 0) refuse("is damaged: it ends too early");
+        have += size_t(n);
+      }
+      left_ -= int64_t(buffer_.size());
+      crc_ = crc32c(crc_, buffer_.data(), int64_t(buffer_.size()));
+    }
+    const size_t n = std::min(size_t(bytes), buffer_.size() - position_);
+    std::memcpy(to, buffer_.data() + position_, n);
+    to += n, bytes -= int64_t(n), position_ += n;
+  }
+}
+
+void FileReader::finish() {
+  char rest[4096];
+  while (const int64_t n = std::min<int64_t>(left_ + int64_t(buffer_.size() - position_), int64_t(sizeof rest)))
+    read(rest, n);
+  if (crc_ != expected_) refuse("is damaged: its checksum is not the one that was saved");
+}
+
+}  // namespace urlfast
