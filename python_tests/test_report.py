@@ -417,12 +417,22 @@ def test_principal_directions_are_those_of_the_svd():
     rng = np.random.default_rng(0)
     for shape in ((40, 15), (15, 40), (30, 1)):
         z = rng.normal(5, 1, shape) * np.linspace(3, 1, shape[1])
-        u, scale, _ = np.linalg.svd(z - z.mean(0), full_matrices=False)
-        xy, share = report.principal(z.astype(np.float32))
+        fit = np.arange(len(z)) > 3
+        centred = z - z[fit].mean(0)
+        _, scale, axes = np.linalg.svd(centred[fit], full_matrices=False)
+        xy, share = report.principal(z.astype(np.float32), fit)
         count = min(2, shape[1])
-        np.testing.assert_allclose(np.abs(xy[:, :count]), np.abs(u * scale)[:, :count], rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(np.abs(xy[:, :count]), np.abs(centred @ axes.T)[:, :count], rtol=1e-3, atol=1e-4)
         np.testing.assert_allclose(share[:count], (scale**2 / (scale**2).sum())[:count], rtol=1e-4)
         assert xy.shape == (shape[0], 2) and share.shape == (2,)
+
+
+def test_equal_rewards_make_a_picture_too(tmp_path, monkeypatch):
+    made = make_particles(count=64)
+    made.z[:], made.reward[:] = 0, 0
+    monkeypatch.setattr(report, "load_particles", lambda run: made)
+    page = Page(report.report([make_run(tmp_path / "run", filmed=False)])).check_alone()
+    assert not any("nan" in value for _, name, value in page.attributes if name in ("d", "x", "cx"))
 
 
 def test_coverage_is_compared_at_equal_frames():

@@ -140,7 +140,7 @@ class Chart:
         taken = list(zip(px, py, strict=True))
         for a, b, name in zip(px, py, names, strict=True):
             sides = [(a + 15 * math.cos(angle), b + 15 * math.sin(angle)) for angle in np.arange(12) * math.pi / 6 - math.pi / 4]
-            at = max(sides, key=lambda side: min(math.dist(side, other) for other in taken if other != (a, b)) if len(taken) > 1 else 0)
+            at = max(sides, key=lambda side: min((math.dist(side, other) for other in taken if other != (a, b)), default=0))
             taken.append(at)
             self.free.append(f'<circle class="ring {style}" cx="{a:.1f}" cy="{b:.1f}" r="6.5"/>')
             self.free.append(f'<text class="name" x="{at[0]:.1f}" y="{at[1] + 4:.1f}" text-anchor="middle">{html.escape(name)}</text>')

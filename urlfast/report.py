@@ -37,6 +37,7 @@ BESIDE = {
 }  # options in which runs that are compared may differ
 PARTICLES = 2048
 BATCH = 256  # sampled at a time
+RARE = 0.05  # fraction of the particles that counts as the rarest
 EXTREMES = 8  # frames shown at each end of the reward
 NBSP = "\u00a0"
 VIDEO_LIMIT = 48_000_000  # bytes; base64 adds a third
@@ -505,12 +506,14 @@ def particles(story: Story) -> str:
     p = story.particles
     if p is None:
         return ""
-    xy, share = principal(p.z)
-    low, high = np.quantile(p.reward, [0.01, 0.99])
-    level = np.clip(((p.reward - low) / max(high - low, 1e-12) * 12).astype(int), 0, 11)
+    # What is rarest, as the first frame of an episode, lies far from all else: it would take both directions and all colours for itself.
+    common = p.reward <= np.quantile(p.reward, 1 - RARE)
+    xy, share = principal(p.z, common)
+    colours = np.quantile(p.reward, np.arange(1, 12) / 12)
+    level = np.searchsorted(colours, p.reward)
     top, bottom = extremes(p)
 
-    ends = np.quantile(xy, [0.01, 0.99], axis=0)  # a few outliers must not shrink all others to a dot
+    ends = np.quantile(xy[common], [0.01, 0.99], axis=0)
     middle, half = ends.mean(0), max(np.ptp(ends, axis=0).max() * 0.62, 1e-6)
     flat = np.clip(np.ptp(ends[:, 1]) * 0.62 / half, 0.45, 1.0)  # both directions in one unit, without room for what is not there
     inside = np.clip(xy, middle - half * np.array([1, flat]), middle + half * np.array([1, flat]))
@@ -533,10 +536,11 @@ def particles(story: Story) -> str:
     left = figure(
         chart.svg(),
         f"{len(p.z):,} observations drawn uniformly from the replay, encoded into {p.z.shape[1]:,} numbers each by the checkpoint at step "
-        f"{number(p.step)}, seen along their two directions of largest variance ({shares} of it). Colour: intrinsic reward. Ringed: the "
-        "frames of high reward." + (f" {_count(outside, 'particle')} farther out drawn at the edge." if outside else ""),
+        f"{number(p.step)}, seen along the two directions of largest variance of all but the rarest twentieth ({shares} of it). Colour: "
+        "rank of the intrinsic reward, bright where high. Ringed: the frames beside."
+        + (f" {_count(outside, 'particle')} farther out drawn at the edge." if outside else ""),
     )
-    shown = np.minimum(p.reward, np.quantile(p.reward, 0.995))
+    shown = np.minimum(p.reward, np.quantile(p.reward, 1 - RARE / 2))
     counts, edges = np.histogram(shown, bins=np.linspace(*extent(shown, margin=0.01), 49))
     bars = Chart(
         "Histogram of the particles' reward",
@@ -549,10 +553,10 @@ def particles(story: Story) -> str:
     )
     for count, a, b in zip(counts, edges, edges[1:], strict=False):
         if count:
-            bars.bar(a, b, count, f"v{int(np.clip(((a + b) / 2 - low) / max(high - low, 1e-12) * 12, 0, 11))}")
+            bars.bar(a, b, count, f"v{np.searchsorted(colours, (a + b) / 2)}")
     left += figure(
         bars.svg(),
-        "The reward of the same particles, and the colours of the picture; the last bar holds the highest half percent. Neighbours are "
+        "The reward of the same particles, and the colours of the picture; the last bar holds all of the highest fortieth. Neighbours are "
         "searched among all these particles, more than in a training batch, so rewards are lower than those logged while training.",
     )
     if p.frames is None:
@@ -564,17 +568,17 @@ def particles(story: Story) -> str:
     return f'<div class="grid"><div class="stack">{left}</div><div>{right}</div></div>'
 
 
-def principal(z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """z (B, d) along its two directions of largest variance (B, 2), and the share of the variance that each has (2,)."""
-    z = z - z.mean(0, dtype=np.float64)
-    z = np.pad(z, ((0, 0), (0, max(2 - z.shape[1], 0))))
-    if z.shape[1] <= len(z):
-        variance, axes = np.linalg.eigh(z.T @ z)
-        xy = z @ axes[:, :-3:-1]
+def principal(z: np.ndarray, fit: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """z (B, d) along the two directions of largest variance of its rows `fit`: (B, 2), and the share of their variance (2,)."""
+    z = np.pad(z.astype(np.float64), ((0, 0), (0, max(2 - z.shape[1], 0))))
+    z -= z[fit].mean(0)
+    fitted = z[fit]
+    if z.shape[1] <= len(fitted):
+        variance, axes = np.linalg.eigh(fitted.T @ fitted)
     else:  # the same from the smaller of the two products
-        variance, axes = np.linalg.eigh(z @ z.T)
-        xy = axes[:, :-3:-1] * np.sqrt(np.maximum(variance[:-3:-1], 0))
-    return xy, variance[:-3:-1] / max(variance.sum(), 1e-30)
+        variance, axes = np.linalg.eigh(fitted @ fitted.T)
+        axes = fitted.T @ axes / np.sqrt(np.maximum(variance, 1e-12))
+    return z @ axes[:, :-3:-1], variance[:-3:-1] / max(variance.sum(), 1e-30)
 
 
 def extremes(p: Particles) -> tuple[list[int], list[int]]:
@@ -583,7 +587,7 @@ def extremes(p: Particles) -> tuple[list[int], list[int]]:
     Where there are frames, those that differ most: the rarest states are often neighbours in time and look alike.
     """
     order = np.argsort(-p.reward, kind="stable")
-    pool = max(len(order) // 20, EXTREMES)
+    pool = max(int(RARE * len(order)), EXTREMES)
     return _unlike(p.frames, order[:pool]), _unlike(p.frames, order[::-1][:pool])
 
 
