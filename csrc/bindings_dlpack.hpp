@@ -3,6 +3,7 @@
 #pragma once
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>  // shapes become tuples: every file must see the same conversions
 
 #include <initializer_list>
 #include <memory>
@@ -28,14 +29,58 @@ inline py::object imported(const char* name) {
   return module ? py::reinterpret_borrow<py::object>(module) : py::none();
 }
 
-inline Library library_of(py::handle object) {
-  if (py::isinstance<py::array>(object)) return Library::numpy;
-  const auto module = py::str(py::type::handle_of(object).attr("__module__")).cast<std::string>();
+// What a Python type says of its arrays.
+struct ArrayType {
+  Library library = Library::other;
+  const dlpack::DLPackExchangeAPI* api = nullptr;  // where it has one
+};
+
+inline ArrayType ask_array_type(PyTypeObject* type) {
+  const py::handle handle(reinterpret_cast<PyObject*>(type));
+  ArrayType out;
+  const py::object torch = imported("torch");
+  const auto module = py::str(handle.attr("__module__")).cast<std::string>();
   const std::string root = module.substr(0, module.find('.'));
-  if (root == "torch") return Library::torch;
-  if (root == "cupy") return Library::cupy;
-  if (root == "jax" || root == "jaxlib") return Library::jax;
-  return Library::other;
+  if (root == "torch")
+    out.library = Library::torch;
+  else if (root == "cupy")
+    out.library = Library::cupy;
+  else if (root == "jax" || root == "jaxlib")
+    out.library = Library::jax;
+  else if (!torch.is_none() && py::hasattr(torch, "Tensor") &&
+           PyObject_IsSubclass(handle.ptr(), torch.attr("Tensor").ptr()) == 1)
+    out.library = Library::torch;
+  // A subclass may have a __dlpack__ of its own, so it does not inherit the table; torch's Parameter is a plain Tensor.
+  const bool own = type->tp_dict && PyDict_GetItemString(type->tp_dict, "__dlpack_c_exchange_api__");
+  if (own || (root == "torch" && std::string(type->tp_name) == "Parameter")) {
+    const py::object capsule = py::getattr(handle, "__dlpack_c_exchange_api__", py::none());
+    if (PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) {
+      const auto* api =
+          static_cast<const dlpack::DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+      while (api && api->header.version.major > 1)
+        api = reinterpret_cast<const dlpack::DLPackExchangeAPI*>(api->header.previous);
+      if (api && api->header.version.major == 1 && api->from_object && api->current_stream) out.api = api;
+    }
+  }
+  return out;
+}
+
+// Asked once per type. The GIL guards the list; it keeps its types alive, so it must not grow without end.
+inline ArrayType array_type(py::handle object) {
+  static auto& known = *new std::vector<std::pair<PyTypeObject*, ArrayType>>;
+  PyTypeObject* type = Py_TYPE(object.ptr());
+  for (const auto& [seen, facts] : known)
+    if (seen == type) return facts;
+  const ArrayType facts = ask_array_type(type);
+  if (known.size() < 64) {
+    Py_INCREF(type);
+    known.emplace_back(type, facts);
+  }
+  return facts;
+}
+
+inline Library library_of(py::handle object) {
+  return py::isinstance<py::array>(object) ? Library::numpy : array_type(object).library;
 }
 
 // The stream that the caller's library would launch on now. 0 is the legacy default stream.
@@ -121,12 +166,25 @@ class Tensor : public View {
  private:
   void from_numpy() {
     const auto array = py::reinterpret_borrow<py::array>(object_);
-    const auto numpy_name = py::str(array.dtype().attr("name")).cast<std::string>();  // ml_dtypes' bfloat16 has one too
-    const auto known = dtype_from_name(numpy_name);
-    if (!known) throw py::type_error(text(name_, ": must have a boolean, integer or floating dtype, got ", numpy_name));
+    const py::dtype type = array.dtype();
+    const int bits = int(8 * type.itemsize());
+    const char kind = type.kind();
+    std::optional<DType> known;  // by kind and size: a dtype's name takes NumPy microseconds
+    if (kind == 'f' || kind == 'i' || kind == 'u' || kind == 'b')
+      known = dtype_from_dlpack({uint8_t(kind == 'f'   ? dlpack::kFloat
+                                         : kind == 'i' ? dlpack::kInt
+                                         : kind == 'u' ? dlpack::kUInt
+                                                       : dlpack::kBool),
+                                 uint8_t(bits), 1});
+    else if (kind == 'V' && bits == 16)  // ml_dtypes' bfloat16
+      known = dtype_from_name(py::str(type.attr("name")).cast<std::string>());
+    if (!known)
+      throw py::type_error(text(name_, ": must have a boolean, integer or floating dtype, got ",
+                                py::str(type.attr("name")).cast<std::string>()));
     dtype = *known;
-    if (!array.dtype().attr("isnative").cast<bool>())
-      throw py::type_error(text(name_, ": must have native byte order"));
+    if (const char order = type.byteorder(); order == '>' || order == '<') {  // native is '=' or '|'
+      if (!type.attr("isnative").cast<bool>()) throw py::type_error(text(name_, ": must have native byte order"));
+    }
     require(array.ndim() <= kMaxRank, name_, "must have at most ", kMaxRank, " axes, got ", array.ndim());
     rank = int(array.ndim());
     data = const_cast<void*>(array.data());
@@ -141,16 +199,27 @@ class Tensor : public View {
   }
 
   void from_dlpack() {
+    if (const auto* api = array_type(object_).api) {
+      dlpack::DLManagedTensorVersioned* managed = nullptr;
+      if (api->from_object(object_.ptr(), &managed) != 0) {
+        const py::error_already_set error;
+        throw py::type_error(text(name_, ": cannot be shared: ", error.what()));
+      }
+      own(managed);
+      if (device.cuda) {
+        require_cuda(name_, device.index);
+        void* stream = nullptr;
+        if (api->current_stream(dlpack::kCUDA, device.index, &stream) != 0) throw py::error_already_set();
+        stream_ = static_cast<CUstream_st*>(stream);
+      }
+      return;
+    }
     if (!py::hasattr(object_, "__dlpack__") || !py::hasattr(object_, "__dlpack_device__"))
       throw py::type_error(text(name_,
                                 ": must be an array (NumPy, torch, CuPy, JAX, or anything with __dlpack__), got ",
                                 py::str(py::type::handle_of(object_).attr("__qualname__")).cast<std::string>()));
     const auto where = object_.attr("__dlpack_device__")().cast<py::tuple>();
-    const int type = where[0].cast<int>();
-    if (type == dlpack::kCUDA || type == dlpack::kCUDAManaged)
-      device = {true, where[1].cast<int>()};
-    else if (type != dlpack::kCPU && type != dlpack::kCUDAHost)
-      throw py::type_error(text(name_, ": must lie on the CPU or a CUDA device, got DLPack device type ", type));
+    take_device({where[0].cast<int>(), where[1].cast<int>()});
     py::dict arguments;
     if (device.cuda) {
       require_cuda(name_, device.index);
@@ -171,13 +240,7 @@ class Tensor : public View {
       auto* managed =
           static_cast<dlpack::DLManagedTensorVersioned*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor_versioned"));
       PyCapsule_SetName(capsule.ptr(), "used_dltensor_versioned");
-      release_ = {managed, [](void* m) {
-                    auto* t = static_cast<dlpack::DLManagedTensorVersioned*>(m);
-                    if (t->deleter) t->deleter(t);
-                  }};
-      require(managed->version.major == 1, name_, "speaks DLPack ", managed->version.major, ", only 0 and 1 are known");
-      readonly = managed->flags & dlpack::kReadOnly;
-      take(managed->dl_tensor);
+      own(managed);
     } else if (PyCapsule_IsValid(capsule.ptr(), "dltensor")) {
       auto* managed = static_cast<dlpack::DLManagedTensor*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"));
       PyCapsule_SetName(capsule.ptr(), "used_dltensor");
@@ -191,7 +254,26 @@ class Tensor : public View {
     }
   }
 
+  void own(dlpack::DLManagedTensorVersioned* managed) {
+    release_ = {managed, [](void* m) {
+                  auto* t = static_cast<dlpack::DLManagedTensorVersioned*>(m);
+                  if (t->deleter) t->deleter(t);
+                }};
+    require(managed->version.major == 1, name_, "speaks DLPack ", managed->version.major, ", only 0 and 1 are known");
+    readonly = managed->flags & dlpack::kReadOnly;
+    take(managed->dl_tensor);
+  }
+
+  void take_device(dlpack::DLDevice where) {
+    const int type = where.device_type;
+    if (type == dlpack::kCUDA || type == dlpack::kCUDAManaged)
+      device = {true, where.device_id};
+    else if (type != dlpack::kCPU && type != dlpack::kCUDAHost)
+      throw py::type_error(text(name_, ": must lie on the CPU or a CUDA device, got DLPack device type ", type));
+  }
+
   void take(const dlpack::DLTensor& t) {
+    take_device(t.device);
     const auto known = dtype_from_dlpack(t.dtype);
     if (!known)
       throw py::type_error(text(name_, ": must have a boolean, integer or floating dtype, got DLPack type code ",
@@ -226,64 +308,60 @@ inline std::shared_ptr<void> cuda_buffer(int device, int64_t bytes) {
   return {cuda_allocate(device, bytes), [device](void* p) { cuda_free(device, p); }};
 }
 
-// An output of the native core: its Python object, and where to write.
+// An output of the native core: where to write, and what the caller gets once it is written.
 struct Output {
-  py::object object;
+  py::object made;
   View view;
+  bool to_jax = false;
+
+  // After the work was done or launched: JAX copies what it finds at an address that does not suit it.
+  py::object result() const { return to_jax ? imported("jax").attr("dlpack").attr("from_dlpack")(made) : made; }
 };
 
-inline Output numpy_output(DType dtype, const std::vector<int64_t>& shape) {
-  const char* name = dtype == DType::boolean ? "?" : dtype_name(dtype);
-  if (dtype == DType::bf16) throw py::type_error("NumPy has no bfloat16");
-  py::array array(py::dtype(name), std::vector<py::ssize_t>(shape.begin(), shape.end()));
-  Output out{array, {}};
-  out.view.data = array.mutable_data();
-  out.view.dtype = dtype;
-  out.view.rank = int(shape.size());
+inline View packed_view(void* data, DType dtype, Device device, const std::vector<int64_t>& shape) {
+  View view;
+  view.data = data, view.dtype = dtype, view.device = device, view.rank = int(shape.size());
   int64_t packed = 1;
-  for (int i = out.view.rank - 1; i >= 0; --i)
-    out.view.shape[i] = shape[i], out.view.strides[i] = packed, packed *= shape[i];
-  return out;
+  for (int i = view.rank - 1; i >= 0; --i) view.shape[i] = shape[i], view.strides[i] = packed, packed *= shape[i];
+  return view;
+}
+
+inline Output numpy_output(DType dtype, const std::vector<int64_t>& shape) {
+  if (dtype == DType::bf16) throw py::type_error("NumPy has no bfloat16");
+  const py::dtype type = dtype == DType::f32   ? py::dtype::of<float>()  // a dtype from its name costs more
+                         : dtype == DType::i64 ? py::dtype::of<int64_t>()
+                                               : py::dtype(dtype == DType::boolean ? "?" : dtype_name(dtype));
+  py::array array(type, std::vector<py::ssize_t>(shape.begin(), shape.end()));
+  return {array, packed_view(array.mutable_data(), dtype, {}, shape)};
 }
 
 // A fresh array like `input`: same library, same device. torch and CuPy allocate their own (their caching allocators
-// know the current stream); JAX and others take a DLPack view of ours.
+// know the current stream); JAX and others take memory of ours.
 inline Output output_like(const Tensor& input, DType dtype, const std::vector<int64_t>& shape) {
-  const py::tuple size = py::cast(shape);
+  const bool jax = input.library() == Library::jax;
+  const char* name = dtype == DType::boolean ? "bool" : dtype_name(dtype);
   if (input.library() == Library::torch) {
-    const py::object torch = imported("torch");
-    py::object made =
-        torch.attr("empty")(size, py::arg("dtype") = torch.attr(dtype == DType::boolean ? "bool" : dtype_name(dtype)),
-                            py::arg("device") = py::str(input.device.name()));
-    Output out{made, {}};
-    out.view.data = reinterpret_cast<void*>(made.attr("data_ptr")().cast<uintptr_t>());
-    out.view.dtype = dtype, out.view.device = input.device, out.view.rank = int(shape.size());
-    int64_t packed = 1;
-    for (int i = out.view.rank - 1; i >= 0; --i)
-      out.view.shape[i] = shape[i], out.view.strides[i] = packed, packed *= shape[i];
-    return out;
+    const py::tuple size = py::cast(shape);
+    const py::object make = input.object().attr("new_empty");  // on the input's device
+    const py::object made =
+        input.dtype == dtype ? make(size) : make(size, py::arg("dtype") = imported("torch").attr(name));
+    void* data = reinterpret_cast<void*>(made.attr("data_ptr")().cast<uintptr_t>());
+    return {made, packed_view(data, dtype, input.device, shape)};
+  }
+  if (input.library() == Library::cupy) {
+    const py::object made = imported("cupy").attr("empty")(py::tuple(py::cast(shape)), py::str(name));
+    void* data = reinterpret_cast<void*>(made.attr("data").attr("ptr").cast<uintptr_t>());
+    return {made, packed_view(data, dtype, input.device, shape)};
   }
   if (!input.device.cuda) {
     Output out = numpy_output(dtype, shape);
-    // JAX would copy later; from_dlpack shares, and the caller never sees the NumPy array that still could be written
-    if (input.library() == Library::jax) out.object = imported("jax").attr("dlpack").attr("from_dlpack")(out.object);
+    out.to_jax = jax;
     return out;
   }
-  Output out;
-  out.view.dtype = dtype, out.view.device = input.device, out.view.rank = int(shape.size());
-  int64_t packed = 1;
-  for (int i = out.view.rank - 1; i >= 0; --i)
-    out.view.shape[i] = shape[i], out.view.strides[i] = packed, packed *= shape[i];
-  if (input.library() == Library::cupy) {
-    out.object = imported("cupy").attr("empty")(size, py::str(dtype_name(dtype)));
-    out.view.data = reinterpret_cast<void*>(out.object.attr("data").attr("ptr").cast<uintptr_t>());
-    return out;
-  }
-  DeviceArray array{out.view, cuda_buffer(input.device.index, packed * item_size(dtype))};
-  array.view.data = out.view.data = array.owner.get();
-  out.object = py::cast(std::move(array));
-  if (input.library() == Library::jax) out.object = imported("jax").attr("dlpack").attr("from_dlpack")(out.object);
-  return out;
+  View view = packed_view(nullptr, dtype, input.device, shape);
+  DeviceArray array{view, cuda_buffer(input.device.index, view.numel() * item_size(dtype))};
+  array.view.data = view.data = array.owner.get();
+  return {py::cast(std::move(array)), view, jax};
 }
 
 // "cpu", "cuda", "cuda:1", a torch.device, or an index-less cuda device (0). Checked: a CUDA device is usable when this

@@ -1,5 +1,207 @@
+#include <cmath>
+#include <memory>
+
 #include "bindings_dlpack.hpp"
+#include "knn/knn.hpp"
+#include "normalizer/normalizer.hpp"
 
 namespace urlfast {
-void bind_knn(py::module_&) {}
+namespace {
+
+// Host integers: a sequence, a NumPy array or a torch tensor on the CPU.
+std::vector<int64_t> host_lengths(const py::object& object, int64_t problems, int64_t most) {
+  std::vector<int64_t> out;
+  const auto take = [&](py::handle item) {
+    try {
+      out.push_back(py::int_(py::reinterpret_steal<py::object>(PyNumber_Index(item.ptr()))).cast<int64_t>());
+    } catch (const py::error_already_set&) {
+      throw py::type_error(text("lengths: must hold integers, got ", py::repr(item).cast<std::string>()));
+    }
+  };
+  if (library_of(object) != Library::other) {
+    const Tensor lengths(object, "lengths");
+    require(!lengths.device.cuda, "lengths", "must lie on the host (they shape the launch), got ",
+            lengths.device.name());
+    require(lengths.rank == 1, "lengths", "must have shape (", problems, ",), got ", lengths.shape_text());
+    lengths.require_dtype({DType::i64, DType::i32});
+    for (int64_t i = 0; i < lengths.shape[0]; ++i)
+      out.push_back(lengths.dtype == DType::i64 ? lengths.as<int64_t>()[i * lengths.strides[0]]
+                                                : lengths.as<int32_t>()[i * lengths.strides[0]]);
+  } else {
+    if (!py::isinstance<py::sequence>(object))
+      throw py::type_error(text("lengths: must be a sequence of integers, got ",
+                                py::str(py::type::handle_of(object).attr("__qualname__")).cast<std::string>()));
+    for (py::handle item : py::reinterpret_borrow<py::sequence>(object)) take(item);
+  }
+  require(int64_t(out.size()) == problems, "lengths", "must have one entry for each of the ", problems,
+          " memories, got ", out.size());
+  for (int64_t n : out) require(n >= 0 && n <= most, "lengths", "must lie in 0..", most, ", got ", n);
+  return out;
+}
+
+// A checked call: the arrays it borrows and what it asks for.
+struct Call {
+  Tensor queries;
+  std::optional<Tensor> keys;
+  std::vector<int64_t> lengths;
+  KnnProblem problem;
+
+  bool batched() const { return queries.rank == 3; }
+  DType result() const { return queries.dtype == DType::f64 ? DType::f64 : DType::f32; }
+  std::vector<int64_t> shape(bool with_k) const {
+    std::vector<int64_t> out(queries.shape, queries.shape + queries.rank - 1);
+    if (with_k) out.push_back(problem.k);
+    return out;
+  }
+};
+
+Call check(const py::object& queries_in, const py::object& keys_in, int64_t k, const py::object& lengths_in,
+           bool include_self, const char* queries_name, const char* keys_name) {
+  const auto check_array = [](const Tensor& t) {
+    t.require_dtype({DType::f16, DType::bf16, DType::f32, DType::f64});
+    t.require_contiguous();
+  };
+  Call call{Tensor(queries_in, queries_name), std::nullopt, {}, {}};
+  const Tensor& q = call.queries;
+  require(q.rank == 2 || q.rank == 3, queries_name, "must have shape (B, D) or (S, B, D), got ", q.shape_text());
+  require(q.numel() > 0, queries_name, "must not be empty, got ", q.shape_text());
+  check_array(q);
+  KnnProblem& p = call.problem;
+  p.queries_name = queries_name, p.keys_name = keys_name;
+  p.queries = q.data, p.dtype = q.dtype;
+  p.problems = q.rank == 3 ? q.shape[0] : 1, p.num_queries = q.size(-2), p.dim = q.size(-1);
+  p.k = k, p.include_self = include_self;
+  p.self = keys_in.is_none();
+  if (p.self) {
+    require(lengths_in.is_none(), "lengths", "needs ", keys_name, " of shape (S, M, D)");
+    p.keys = p.queries, p.num_keys = p.num_queries;
+    require(k >= 1 && k <= p.num_keys - !include_self, "k", "must lie in 1..", p.num_keys - !include_self,
+            " (the rows of ", queries_name, include_self ? "" : " but the row itself", "), got ", k);
+  } else {
+    call.keys.emplace(keys_in, keys_name);
+    const Tensor& m = *call.keys;
+    require(include_self, "include_self", "must be True with ", keys_name, ": its rows are not those of ",
+            queries_name);
+    require(m.rank == q.rank, keys_name, "must have ", q.rank, " axes as ", queries_name, " has, got ", m.shape_text());
+    require(m.size(-1) == p.dim, keys_name, "must have ", p.dim, " features as ", queries_name, " has, got ",
+            m.shape_text());
+    if (q.rank == 3)
+      require(m.shape[0] == p.problems, keys_name, "must have ", p.problems, " memories as ", queries_name,
+              " has, got ", m.shape_text());
+    if (m.dtype != q.dtype)
+      throw py::type_error(text(keys_name, ": must have dtype ", dtype_name(q.dtype), " as ", queries_name,
+                                " has, got ", dtype_name(m.dtype)));
+    check_array(m);
+    m.require_device(q.device, queries_name);
+    p.keys = m.data, p.num_keys = m.size(-2);
+    if (lengths_in.is_none()) {
+      require(p.num_keys > 0, keys_name, "must not be empty without lengths, got ", m.shape_text());
+      require(k >= 1 && k <= p.num_keys, "k", "must lie in 1..", p.num_keys, " (the rows of ", keys_name, "), got ", k);
+    } else {
+      require(q.rank == 3, "lengths", "needs ", keys_name, " of shape (S, M, D), got ", m.shape_text());
+      require(k >= 1, "k", "must be at least 1, got ", k);
+      call.lengths = host_lengths(lengths_in, p.problems, p.num_keys);
+      p.lengths = call.lengths.data();
+    }
+  }
+  require(p.num_keys <= int64_t(1) << 31, keys_name, "must have at most 2^31 rows, got ", p.num_keys);
+  return call;
+}
+
+// Where the build has no CUDA no array on a device comes this far.
+void run_knn(const Call& call, void* distances, int64_t* indices) {
+#ifdef URLFAST_HAS_CUDA
+  const Tensor& q = call.queries;
+  if (q.device.cuda) return knn_cuda(call.problem, distances, indices, q.device.index, q.stream());
+#endif
+  knn_cpu(call.problem, distances, indices);
+}
+void run_reward(const Call& call, const KnnReward& reward, void* out) {
+#ifdef URLFAST_HAS_CUDA
+  const Tensor& q = call.queries;
+  if (q.device.cuda) return knn_reward_cuda(call.problem, reward, out, q.device.index, q.stream());
+#endif
+  knn_reward_cpu(call.problem, reward, out);
+}
+
+// Two steps with the statistic between them: the kept distances, then what they amount to.
+void run_reward(const Call& call, const KnnReward& reward, Normalizer& normalizer, bool update, void* kept,
+                int64_t count, void* out) {
+  const KnnProblem& p = call.problem;
+  CUstream_st* const stream = call.queries.stream();
+#ifdef URLFAST_HAS_CUDA
+  const Device& device = call.queries.device;
+  if (device.cuda)
+    knn_kept_cuda(p, reward, kept, device.index, stream);
+  else
+#endif
+    knn_kept_cpu(p, reward, kept);
+  if (update && count > 0)
+    require(normalizer.update(kept, call.result(), count, stream), "normalizer",
+            "cannot take distances above 1e150; the statistic has not changed");
+  std::unique_lock<std::mutex> lock(normalizer.mutex());
+#ifdef URLFAST_HAS_CUDA
+  if (device.cuda)
+    return knn_finish_cuda(p, reward, kept, normalizer.state(), normalizer.rule(), out, device.index, stream);
+#endif
+  const Statistic state = *normalizer.state();
+  lock.unlock();
+  knn_finish_cpu(p, reward, kept, state, normalizer.rule(), out);
+}
+
+py::tuple knn(const py::object& queries, const py::object& keys, int64_t k, const py::object& lengths,
+              bool include_self) {
+  const Call call = check(queries, keys, k, lengths, include_self, "queries", "keys");
+  const Output distances = output_like(call.queries, call.result(), call.shape(true));
+  const Output indices = output_like(call.queries, DType::i64, call.shape(true));
+  {
+    const py::gil_scoped_release unlocked;
+    run_knn(call, distances.view.data, indices.view.as<int64_t>());
+  }
+  return py::make_tuple(distances.result(), indices.result());
+}
+
+py::object knn_reward(const py::object& z, int64_t k, const py::object& memory, const py::object& lengths,
+                      const std::string& reduction, double exponent, double c, bool include_self,
+                      const py::object& normalizer_in, bool update_normalizer) {
+  const Call call = check(z, memory, k, lengths, include_self, "z", "memory");
+  require(reduction == "mean" || reduction == "kth", "reduction", "must be 'mean' or 'kth', got '", reduction, "'");
+  require(exponent > 0 && std::isfinite(exponent), "exponent", "must be positive and finite, got ", exponent);
+  require(c > 0 && std::isfinite(c), "c", "must be positive and finite, got ", c);
+  Normalizer* normalizer = nullptr;
+  if (!normalizer_in.is_none()) {
+    if (!py::isinstance<Normalizer>(normalizer_in))
+      throw py::type_error(text("normalizer: must be a RunningNormalizer, got ",
+                                py::str(py::type::handle_of(normalizer_in).attr("__qualname__")).cast<std::string>()));
+    normalizer = normalizer_in.cast<Normalizer*>();
+    require(normalizer->features() == 1, "normalizer", "must have shape (), got ", normalizer->features(), " features");
+    require(normalizer->device() == call.queries.device, "normalizer", "must lie on ", call.queries.device.name(),
+            " as z does, got ", normalizer->device().name());
+  }
+  const KnnReward reward{reduction == "kth", exponent, c};
+  const Output out = output_like(call.queries, call.result(), call.shape(false));
+  if (!normalizer) {
+    const py::gil_scoped_release unlocked;
+    run_reward(call, reward, out.view.data);
+  } else {
+    int64_t count = 0;
+    for (int64_t s = 0; s < call.problem.problems; ++s)
+      count += call.problem.num_queries * knn_kept(call.problem, reward, s);
+    // From z's library, whose allocator knows the stream: it may be let go while the device still works on it.
+    const Output kept = output_like(call.queries, call.result(), {count});
+    const py::gil_scoped_release unlocked;
+    run_reward(call, reward, *normalizer, update_normalizer, kept.view.data, count, out.view.data);
+  }
+  return out.result();
+}
+
+}  // namespace
+
+void bind_knn(py::module_& m) {
+  m.def("knn", &knn, py::arg("queries"), py::arg("keys"), py::arg("k"), py::arg("lengths"), py::arg("include_self"));
+  m.def("knn_reward", &knn_reward, py::arg("z"), py::arg("k"), py::arg("memory"), py::arg("lengths"),
+        py::arg("reduction"), py::arg("exponent"), py::arg("c"), py::arg("include_self"), py::arg("normalizer"),
+        py::arg("update_normalizer"));
+}
+
 }  // namespace urlfast

@@ -1,5 +1,31 @@
 """urlfast: unsupervised pre-training for reinforcement learning on a native core."""
 
-from urlfast.ops import Field, SequenceReplay, __version__, set_num_threads
+from pkgutil import extend_path
 
-__all__ = ["Field", "SequenceReplay", "__version__", "set_num_threads"]
+__path__ = extend_path(__path__, __name__)  # inside a checkout, the Python files are the checkout's and the extension is the installed one
+
+from urlfast.ops import (
+    Batch,
+    Field,
+    LatentDynamics,
+    RunningNormalizer,
+    SequenceReplay,
+    __version__,
+    ema_update_,
+    knn,
+    knn_reward,
+    set_num_threads,
+)
+
+__all__ = [
+    "Batch",
+    "Field",
+    "LatentDynamics",
+    "RunningNormalizer",
+    "SequenceReplay",
+    "__version__",
+    "ema_update_",
+    "knn",
+    "knn_reward",
+    "set_num_threads",
+]

@@ -36,7 +36,111 @@ def _detached(array):
 # knn ------------------------------------------------------------------------------------------------------------------
 
 
+def knn(queries, keys=None, k=12, *, lengths=None, include_self=True):
+    """The k nearest rows of `keys` to each row of `queries`: Euclidean, exact, ascending, ties to the lowest index.
+
+    queries: (B, D), or (S, B, D) for S independent problems; float16, bfloat16, float32 or float64, finite, C-contiguous; NumPy, torch,
+        CuPy or JAX, on CPU or CUDA.
+    keys: (M, D) or (S, M, D), like queries. None: each batch is its own pool, and a row is its own first neighbour.
+    k: 1 <= k <= M.
+    lengths: S host integers in 0..M, with keys (S, M, D): problem s sees keys[s, :lengths[s]] alone, and nothing is copied. Any k >= 1 is
+        then accepted.
+    include_self: False excludes each row from its own neighbours, by index (duplicates of it stay); then k <= B - 1. Not with keys.
+    Returns (distances, indices), (B, k) or (S, B, k), in queries' library, on queries' device, without gradient: float64 for float64 and
+    float32 otherwise (computed in that precision, from differences, so a large mean costs no digits); int64. Where a problem has fewer
+    than k keys, rows end in infinity and -1. Deterministic, whatever the number of threads.
+    Raises TypeError (no array, dtype), ValueError (shape, layout, k, lengths, devices; on the CPU also NaN or infinity in rows in use: on
+    CUDA NaN propagates instead).
+    """
+    return _core.knn(_detached(queries), _detached(keys), k, lengths, include_self)
+
+
+def knn_reward(
+    z,
+    k=12,
+    memory=None,
+    *,
+    lengths=None,
+    reduction="mean",
+    exponent=1.0,
+    c=1.0,
+    include_self=True,
+    normalizer=None,
+    update_normalizer=True,
+):
+    """Particle-entropy reward: log(c + mean over the k nearest neighbours of distance ** exponent), for each row of z.
+
+    z: (B, D), or (S, B, D) for S independent batches; float16, bfloat16, float32 or float64, finite, C-contiguous; NumPy, torch, CuPy or
+        JAX, on CPU or CUDA.
+    k: 1 <= k <= the rows of the pool.
+    memory: (M, D) or (S, M, D), like z: the neighbours come from here. None: the batch is its own pool, and a row counts as the first of
+        its own k neighbours, at distance 0, as in the released APT and URLB code.
+    lengths: S host integers in 0..M, with memory (S, M, D): batch s sees memory[s, :lengths[s]] alone, and nothing is copied. The mean is
+        over min(k, length) neighbours; an empty memory gives log(c). Any k >= 1 is then accepted.
+    reduction: "mean" over the neighbours, or "kth": the farthest of them alone.
+    include_self: False excludes each row from its own neighbours, by index; then k <= B - 1. Not with memory.
+    normalizer: a RunningNormalizer of shape () on z's device. The neighbours' distances (with "kth" the k-th ones) first update it, unless
+        update_normalizer is False, and are then divided by its scale, clipped if it clips, raised to the exponent and reduced.
+    Returns (B,) or (S, B), float64 for float64 and float32 otherwise, in z's library, on z's device; carries no gradient. No B x M matrix
+    is ever made. Deterministic, whatever the number of threads.
+    Raises TypeError (no array, dtype), ValueError (shape, layout, k, lengths, reduction, exponent <= 0, c <= 0, devices, the
+    normalizer's shape; on the CPU also NaN or infinity in rows in use: on CUDA NaN propagates instead).
+    Source: APT (Liu, Abbeel 2021), eq. 5 with exponent 1.
+    """
+    return _core.knn_reward(
+        _detached(z), k, _detached(memory), lengths, reduction, exponent, c, include_self, normalizer, update_normalizer
+    )
+
+
 # normaliser -----------------------------------------------------------------------------------------------------------
+
+
+class RunningNormalizer(_core.RunningNormalizer):
+    """Divides rewards or distances by a running statistic of them. It does not centre.
+
+    mode      divides by                    as in
+    "mean"    |M| + epsilon                 URLB's PBE and APS (distances, before the log); APT (rewards)
+    "std"     sqrt(S + epsilon)             gymnasium's NormalizeReward, Stable-Baselines3's VecNormalize
+    "var"     S + epsilon                   mini_apt and CIC, which divide by the variance
+    "ema_abs" A + epsilon                   APV's StreamNorm: A <- momentum * A + (1 - momentum) * mean |x|, 1 at first
+
+    M and S are the mean and the population variance of all values seen, with URLB's prior (M = 0, S = 1, weight 1e-4); URLB itself
+    takes the sample variance of each batch. A normalizer that has seen nothing divides by 1.
+
+    shape: () for one statistic over all values, (F,) for one per feature over the leading axes.
+    clip: c takes c off after dividing and floors at 0, as URLB's PBE does (its knn_clip); None does neither.
+    epsilon >= 0; momentum in [0, 1), used by "ema_abs" alone. device: where the data will be, "cpu" or "cuda[:N]".
+
+    update(x)                 takes x (..., *shape) into the statistic
+    normalize(x, out=None)    x divided by it
+    normalizer(x, out=None)   both, in this order
+    merge(other)              as if this one had seen the other's values too; ValueError for "ema_abs", whose average has an order
+    state_dict(), load_state_dict(state)   floats, strings and lists; the statistic, not the arguments above
+    scale                     what values are divided by now (NumPy float64)
+
+    x: float16, bfloat16, float32 or float64, C-contiguous, not empty, on `device`; NumPy, torch, CuPy or JAX. Results are float64 for
+    float64 and float32 otherwise, in x's library, and carry no gradient; `out` must have that dtype and may be x itself.
+    The state is float64. Sums do not depend on the number of threads, nor suffer from a large mean. On the CPU, NaN or infinity in
+    update(x) is a ValueError and changes nothing; normalize(x) passes them on. On CUDA nothing waits for the device, the work goes to
+    the caller's current stream, and NaN or infinity enters the statistic: check what may hold it.
+    Raises TypeError (no array, dtype), ValueError (everything else), naming the argument.
+    """
+
+    def __init__(self, mode="mean", *, shape=(), epsilon=1e-8, clip=None, momentum=0.99, device="cpu"):
+        super().__init__(mode, (shape,) if isinstance(shape, int) else shape, epsilon, clip, momentum, device)
+
+    def __repr__(self):
+        arguments = f"{self.mode!r}, shape={self.shape}, epsilon={self.epsilon}, clip={self.clip}, momentum={self.momentum}"
+        return f"RunningNormalizer({arguments}, device={self.device!r})"
+
+    def __reduce__(self):  # for copy.deepcopy and pickle
+        return _restored_normalizer, (self.mode, self.shape, self.epsilon, self.clip, self.momentum, self.device, self.state_dict())
+
+
+def _restored_normalizer(mode, shape, epsilon, clip, momentum, device, state):
+    normalizer = RunningNormalizer(mode, shape=shape, epsilon=epsilon, clip=clip, momentum=momentum, device=device)
+    normalizer.load_state_dict(state)
+    return normalizer
 
 
 # replay ---------------------------------------------------------------------------------------------------------------
@@ -437,3 +541,57 @@ def _sync_folder(folder: str) -> None:
 
 
 # latent ---------------------------------------------------------------------------------------------------------------
+
+
+class LatentDynamics(_core.LatentDynamics):
+    """PALM's environment in the latent space of a generator G: actions and noise are mixed, and smoothed over time.
+
+        z'  = alpha * a_t + (1 - alpha) * noise          noise ~ N(0, I), fresh in every row
+        z_0 = z'                                         with an action drawn uniformly from [-1, 1): none was chosen yet
+        z_t = beta * z_{t-1} + (1 - beta) * z'
+        class: uniform over num_classes, drawn at an episode's first row and fixed until its last
+
+    num_envs, latent_dim, num_classes >= 1 (num_classes=1 for a generator without classes); alpha, beta in [0, 1].
+    episode_length: steps, so an episode has episode_length + 1 rows. All environments open and close theirs together.
+    seed: 0..2^64-1. Draws are counted, not carried: they depend on the seed, the row, the environment and the coordinate, neither
+    on threads nor on the device, where the values agree to rounding.
+    device: "cpu", "cuda[:N]" or a torch.device; the latter makes reset() return torch tensors from the start.
+
+    reset() and step(actions) return (z, class, is_first, is_last): float32 (num_envs, latent_dim), int64 and two bool (num_envs,).
+    After a row with is_last the next step ignores its actions and shows an episode's first row (is_first), as everywhere in urlfast.
+    The arrays are the state itself: they stay valid until the next reset, step or load_state_dict, which overwrite them, and must not
+    be written to (NumPy's are read-only). They come in the library of the last actions: torch tensors, CuPy arrays, otherwise NumPy
+    arrays on the CPU and DLPack exporters on CUDA.
+    actions: float32 (num_envs, latent_dim), C-contiguous, on `device`; taken as they are, NaN included.
+    One kernel does a step; on CUDA it goes to the caller's current stream and nothing waits for it. reset draws anew; it does not go
+    back to the seed's first episode.
+    state_dict(), load_state_dict(state): ints, a list and bytes, for dynamics of the same sizes and seed.
+    Raises TypeError and ValueError, naming the argument, and RuntimeError for a step before the first reset.
+    """
+
+    def __init__(self, num_envs, latent_dim, num_classes=1, *, alpha=0.5, beta=0.95, episode_length=100, seed=0, device="cpu"):
+        super().__init__(num_envs, latent_dim, num_classes, alpha, beta, episode_length, seed, device)
+        self._arguments = (num_envs, latent_dim, num_classes, alpha, beta, episode_length, seed, device)
+
+    def __reduce__(self):  # for copy.deepcopy and pickle
+        return _restored_dynamics, (self._arguments, self.state_dict())
+
+
+def _restored_dynamics(arguments, state):
+    *sizes, alpha, beta, episode_length, seed, device = arguments
+    dynamics = LatentDynamics(*sizes, alpha=alpha, beta=beta, episode_length=episode_length, seed=seed, device=device)
+    dynamics.load_state_dict(state)
+    return dynamics
+
+
+def ema_update_(targets, sources, tau):
+    """targets[i] += tau * (sources[i] - targets[i]) for every i, in place, in one pass over all of them.
+
+    targets, sources: lists or other iterables of arrays, as many, such as `module.parameters()`; requires_grad does not matter. Pairs
+    agree in shape, dtype (float16, bfloat16, float32, float64), device and memory layout, which is any dense one: channels_last is,
+    a slice is not. Empty lists are allowed and do nothing. Targets must not share memory with each other.
+    tau: in [0, 1]; 1 copies the sources. Integer buffers, BatchNorm's counters among them, are the caller's to copy.
+    Everything is checked before anything is written; TypeError and ValueError name the array as targets[i] or sources[i].
+    On CUDA the work goes to the caller's current stream, a launch per hundred tensors, and nothing waits for it.
+    """
+    _core.ema_update_(targets, sources, tau)

@@ -105,4 +105,9 @@ void cuda_synchronize(int device, CUstream_st* stream) {
   URLFAST_CUDA_CHECK(cudaStreamSynchronize(stream));
 }
 
+void cuda_synchronize(int device) {
+  DeviceGuard guard(device);
+  URLFAST_CUDA_CHECK(cudaDeviceSynchronize());
+}
+
 }  // namespace urlfast

@@ -26,6 +26,7 @@ void cuda_free(int device, void* pointer) noexcept;
 void cuda_copy(int device, void* to, const void* from, int64_t bytes,
                CUstream_st* stream);  // any direction; asynchronous
 void cuda_synchronize(int device, CUstream_st* stream);
+void cuda_synchronize(int device);  // every stream of it
 
 }  // namespace urlfast
 

@@ -21,5 +21,6 @@ void* cuda_allocate(int, int64_t) { absent("device"); }
 void cuda_free(int, void*) noexcept {}
 void cuda_copy(int, void*, const void*, int64_t, CUstream_st*) { absent("device"); }
 void cuda_synchronize(int, CUstream_st*) { absent("device"); }
+void cuda_synchronize(int) { absent("device"); }
 
 }  // namespace urlfast

@@ -44,4 +44,19 @@ struct DLManagedTensorVersioned {
   DLTensor dl_tensor;
 };
 
+// From 1.3: C functions in place of __dlpack__ and __dlpack_device__, which cost microseconds. A type carries the table
+// as the capsule __dlpack_c_exchange_api__ named "dlpack_exchange_api". They return 0, or -1 with a Python error set.
+struct DLPackExchangeAPIHeader {
+  DLPackVersion version;
+  DLPackExchangeAPIHeader* previous;  // an older major version's table, or null
+};
+struct DLPackExchangeAPI {
+  DLPackExchangeAPIHeader header;
+  void* allocate;  // not used here
+  int (*from_object)(void* object, DLManagedTensorVersioned** out);
+  int (*to_object)(DLManagedTensorVersioned* tensor, void** out_object);
+  int (*borrow_object)(void* object, DLTensor* out);
+  int (*current_stream)(int32_t device_type, int32_t device_id, void** out_stream);
+};
+
 }  // namespace urlfast::dlpack

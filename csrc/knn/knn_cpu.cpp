@@ -1,1 +1,436 @@
-namespace urlfast {}
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <type_traits>
+#include <vector>
+
+#include "common/check.hpp"
+#include "common/cpu.hpp"
+#include "common/parallel.hpp"
+#include "knn/knn.hpp"
+#include "knn/knn_isa.hpp"
+
+namespace urlfast {
+namespace {
+
+template <class T>
+const KnnKernels<T>& kernels() {
+  constexpr bool narrow = std::is_same_v<T, float>;
+#define URLFAST_KNN_OF(isa)       \
+  [&]() -> const KnnKernels<T>& { \
+    if constexpr (narrow)         \
+      return isa::knn_float;      \
+    else                          \
+      return isa::knn_double;     \
+  }()
+#ifdef URLFAST_X86
+  if (chosen_isa() == Isa::avx512) return URLFAST_KNN_OF(avx512);
+  if (chosen_isa() == Isa::avx2) return URLFAST_KNN_OF(avx2);
+#endif
+  return URLFAST_KNN_OF(baseline);
+#undef URLFAST_KNN_OF
+}
+
+int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// Memory that a thread keeps between calls: fresh pages cost more than a small search. Large ones are given back.
+class Scratch {
+ public:
+  ~Scratch() { std::free(data_); }
+  template <class T>
+  T* get(int64_t count) {
+    const size_t bytes = size_t(round_up(count * int64_t(sizeof(T)) + 64, 64));
+    if (bytes > size_) {
+      std::free(data_);
+      size_ = 0;
+      data_ = std::aligned_alloc(64, bytes);
+      if (!data_) throw std::bad_alloc();
+      size_ = bytes;
+    }
+    return static_cast<T*>(data_);
+  }
+  void trim() {
+    if (size_ <= size_t(4) << 20) return;
+    std::free(data_);
+    data_ = nullptr, size_ = 0;
+  }
+
+ private:
+  void* data_ = nullptr;
+  size_t size_ = 0;
+};
+struct Workspace {
+  Scratch queries, keys, block, turned, candidates, limits, counts;
+  ~Workspace() = default;
+  void trim() {
+    for (Scratch* s : {&queries, &keys, &block, &turned, &candidates, &limits, &counts}) s->trim();
+  }
+};
+Workspace& workspace() {
+  static thread_local Workspace mine;
+  return mine;
+}
+Workspace& shared_workspace() {  // what one call lends to all threads
+  static thread_local Workspace mine;
+  return mine;
+}
+
+// work(unit, state) once for every unit, units going to threads as these become free. Which thread did what must not
+// show in the result. `state` is one thread's.
+template <class State, class Work>
+void run_units(int64_t units, bool threads, Work&& work) {
+  std::atomic<int64_t> next{0};
+  std::atomic<bool> out_of_memory{false};
+  parallel_for(threads ? std::min<int64_t>(num_threads(), units) : 1, 1, [&](int64_t begin, int64_t end) {
+    for (; begin < end; ++begin) try {
+        State state{};
+        for (int64_t unit; (unit = next.fetch_add(1, std::memory_order_relaxed)) < units;) work(unit, state);
+      } catch (const std::bad_alloc&) {
+        out_of_memory = true;
+      }
+    workspace().trim();
+  });
+  if (out_of_memory) throw std::bad_alloc();
+}
+
+template <class T>
+KnnCandidates<T> start(KnnCandidates<T> c, int64_t rows) {
+  using Key = typename KnnKey<T>::type;
+  std::fill_n(c.limit, rows, ~Key(0));
+  std::fill_n(c.count, rows, int64_t(0));
+  return c;
+}
+template <class T>
+KnnCandidates<T> candidate_sizes(const KnnKernels<T>& kernel, int64_t k) {
+  KnnCandidates<T> c{};
+  c.k = k;
+  c.trigger = k + std::max<int64_t>(k, 24);
+  c.capacity = c.trigger + kernel.step;
+  return c;
+}
+
+// One search. emit(s, row, keys, count, unscale) is called once per query, with its neighbours in order; a distance is
+// sqrt(squared) * unscale.
+template <class T, class Emit>
+class Search {
+  using Key = typename KnnKey<T>::type;
+
+ public:
+  Search(const KnnProblem& problem, const Emit& emit) : p(problem), emit_(emit) {}
+
+  void run() {
+    // Squares leave float32's range above 1e19 and below 1e-19 (float64: 1e154): such data is brought near 1 by a power
+    // of two, which changes no digit. Bad memory rows are found by their distances, so that good ones are read once.
+    constexpr double kSmall = std::is_same_v<T, float> ? 0x1p-30 : 0x1p-400;
+    constexpr double kLarge = std::is_same_v<T, float> ? 0x1p50 : 0x1p450;
+    const double largest_query = largest(p.queries, p.problems * p.num_queries * p.dim, p.queries_name);
+    if (largest_query >= kSmall && largest_query <= kLarge && search(1)) return;
+    double most = largest_query;
+    if (!p.self)
+      for (int64_t s = 0; s < p.problems; ++s)
+        most = std::max(most, largest(key_rows(s, 0), p.length(s) * p.dim, p.keys_name));
+    int exponent = 0;
+    std::frexp(most, &exponent);
+    const int reach = std::is_same_v<T, float> ? 126 : 1000;
+    search(std::ldexp(1., std::clamp(20 - exponent, -reach, reach)));
+  }
+
+ private:
+  const char* query_rows(int64_t s, int64_t row) const {
+    return static_cast<const char*>(p.queries) + (s * p.num_queries + row) * p.dim * item_size(p.dtype);
+  }
+  const char* key_rows(int64_t s, int64_t row) const {
+    return static_cast<const char*>(p.keys) + (s * p.num_keys + row) * p.dim * item_size(p.dtype);
+  }
+  double largest(const void* data, int64_t count, const char* name) const {
+    const double most = kernel.largest(data, p.dtype, count);
+    require(std::isfinite(most), name, "must be finite, has NaN or infinity");
+    return most;
+  }
+
+  // False where a distance was not finite.
+  bool search(double scale) {
+    scale_ = T(scale), unscale_ = 1 / scale;
+    finite_ = true;
+    const int64_t pairs = p.problems * p.num_queries * p.num_keys;
+    threads_ = num_threads() > 1 && double(pairs) * double(p.dim + 16) > 1.5e6;
+    if (p.self && p.num_queries > kSide && p.dim >= 32)
+      search_symmetric();
+    else
+      search_blocks();
+    return finite_;
+  }
+
+  void note(T sum) {
+    if (!std::isfinite(sum)) finite_.store(false, std::memory_order_relaxed);
+  }
+
+  // Queries x keys in blocks: the keys of one stay in the second cache, its distances too.
+  void search_blocks() {
+    constexpr int64_t kRows = 48, kCache = 384 << 10;  // rows of a block; bytes of packed keys
+    const int64_t W = kernel.width, R = kernel.query_group, row_bytes = p.dim * int64_t(sizeof(T));
+    const int64_t block_keys = std::clamp<int64_t>(kCache / row_bytes / (2 * W) * 2 * W, 4 * W, 1024);
+    const int64_t stride = block_keys + W;
+    const int64_t longest = p.lengths ? *std::max_element(p.lengths, p.lengths + p.problems) : p.num_keys;
+    const KnnCandidates<T> sizes = candidate_sizes<T>(kernel, std::min(p.k, longest));
+    const int64_t threads = threads_ ? num_threads() : 1;
+
+    int64_t unit_rows =
+        std::clamp<int64_t>((1 << 20) / std::max<int64_t>(row_bytes, sizes.capacity * int64_t(sizeof(Key))), R, 256);
+    if (threads > 1)
+      unit_rows = std::min(unit_rows, std::max<int64_t>(R, (p.problems * p.num_queries + threads - 1) / threads));
+    unit_rows = round_up(unit_rows, R);
+    const int64_t row_units = (p.num_queries + unit_rows - 1) / unit_rows;
+    // Few queries and many keys: the keys are divided too, and each part's best are merged below.
+    int64_t parts = 1;
+    if (p.problems * row_units < threads)
+      parts =
+          std::clamp<int64_t>(longest / 2048, 1, (2 * threads + p.problems * row_units - 1) / (p.problems * row_units));
+    Merge merge(parts, parts > 1 ? p.problems * p.num_queries : 0, sizes.k);
+
+    run_units<None>(p.problems * row_units * parts, threads > 1, [&](int64_t unit, None&) {
+      const int64_t part = unit % parts, s = unit / parts / row_units, first = unit / parts % row_units * unit_rows;
+      const int64_t rows = std::min(unit_rows, p.num_queries - first), length = p.length(s);
+      const int64_t begin = length * part / parts, end = length * (part + 1) / parts;
+      Workspace& w = workspace();
+      KnnCandidates<T> c = sizes;
+      c.k = std::min(p.k, length);
+      c.keys = w.candidates.get<Key>(rows * c.capacity);
+      c.limit = w.limits.get<Key>(rows);
+      c.count = w.counts.get<int64_t>(rows);
+      start(c, rows);
+      const bool streams = rows <= 2 && scale_ == 1 && item_size(p.dtype) == int64_t(sizeof(T));
+      T* queries = w.queries.get<T>(round_up(rows, R) / R * p.dim * W);
+      T* keys = w.keys.get<T>(block_keys * p.dim);
+      T* block = w.block.get<T>(kRows * stride);
+      if (!streams) kernel.pack(query_rows(s, first), p.dtype, rows, p.dim, int(R), scale_, queries);
+      T sum = 0;
+      for (int64_t m = begin; m < end; m += block_keys) {
+        const int64_t columns = std::min(block_keys, end - m);
+        if (!streams) kernel.pack(key_rows(s, m), p.dtype, columns, p.dim, int(W), scale_, keys);
+        for (int64_t r = 0; r < rows; r += kRows) {
+          const int64_t some = std::min(kRows, rows - r);
+          if (streams)
+            for (int64_t i = 0; i < some; ++i)
+              kernel.stream(reinterpret_cast<const T*>(query_rows(s, first + i)),
+                            reinterpret_cast<const T*>(key_rows(s, m)), columns, p.dim, block + i * stride);
+          else
+            kernel.distances(queries + r / R * p.dim * W, some, keys, columns, p.dim, block, stride);
+          exclude(block, stride, first + r, some, m, columns);
+          sum += kernel.offer(block, stride, some, columns, m, c, r);
+        }
+      }
+      note(sum);
+      for (int64_t r = 0; r < rows; ++r) {
+        const int64_t found = kernel.settle(c, r);
+        const Key* best = c.keys + r * c.capacity;
+        if (parts > 1)
+          merge.put(s * p.num_queries + first + r, part, best, found);
+        else
+          emit_(s, first + r, best, found, unscale_);
+      }
+    });
+    if (parts > 1)
+      for (int64_t row = 0; row < p.problems * p.num_queries; ++row) {
+        KnnCandidates<T> c = merge.row(row);
+        c.k = std::min(p.k, p.length(row / p.num_queries));
+        const int64_t found = kernel.settle(c, 0);
+        emit_(row / p.num_queries, row % p.num_queries, c.keys, found, unscale_);
+      }
+  }
+
+  // The batch against itself: a pair of blocks is computed once, and its distances go to the rows of both.
+  void search_symmetric() {
+    const int64_t W = kernel.width, R = kernel.query_group, n = p.num_queries, side = kSide;
+    const int64_t blocks = (n + side - 1) / side, pairs = blocks * (blocks + 1) / 2;
+    KnnCandidates<T> c = candidate_sizes<T>(kernel, p.k);
+    Workspace& shared = shared_workspace();
+    c.keys = shared.candidates.get<Key>(p.problems * n * c.capacity);
+    c.limit = shared.limits.get<Key>(p.problems * n);
+    c.count = shared.counts.get<int64_t>(p.problems * n);
+    start(c, p.problems * n);
+    const std::unique_ptr<std::mutex[]> locks(new std::mutex[size_t(p.problems * blocks)]);
+
+    struct Packed {
+      int64_t held = -1;  // the block of queries that this thread has packed
+    };
+    run_units<Packed>(p.problems * pairs, threads_, [&](int64_t unit, Packed& packed) {
+      const int64_t s = unit / pairs;
+      int64_t i = 0, j = unit % pairs;  // row i of the upper triangle has blocks - i units
+      for (; j >= blocks - i; ++i) j -= blocks - i;
+      j += i;
+      const int64_t rows = std::min(side, n - i * side), columns = std::min(side, n - j * side);
+      Workspace& w = workspace();
+      T* queries = w.queries.get<T>(round_up(side, R) / R * p.dim * W);
+      T* keys = w.keys.get<T>(round_up(side, W) * p.dim);
+      T* block = w.block.get<T>(round_up(side, W) * (side + W));
+      if (packed.held != s * blocks + i)
+        kernel.pack(query_rows(s, i * side), p.dtype, rows, p.dim, int(R), scale_, queries);
+      packed.held = s * blocks + i;
+      kernel.pack(query_rows(s, j * side), p.dtype, columns, p.dim, int(W), scale_, keys);
+      kernel.distances(queries, rows, keys, columns, p.dim, block, side + W);
+      if (i == j) exclude(block, side + W, i * side, rows, j * side, columns);
+      {
+        const std::lock_guard<std::mutex> lock(locks[size_t(s * blocks + i)]);
+        note(kernel.offer(block, side + W, rows, columns, j * side, c, s * n + i * side));
+      }
+      if (i == j) return;
+      T* turned = w.turned.get<T>(round_up(side, W) * (side + W));
+      kernel.transpose(block, side + W, rows, columns, turned, side + W);
+      const std::lock_guard<std::mutex> lock(locks[size_t(s * blocks + j)]);
+      kernel.offer(turned, side + W, columns, rows, i * side, c, s * n + j * side);
+    });
+    run_units<None>((p.problems * n + 63) / 64, threads_ && p.problems * n >= 512, [&](int64_t unit, None&) {
+      for (int64_t row = unit * 64; row < std::min(unit * 64 + 64, p.problems * n); ++row) {
+        const int64_t found = kernel.settle(c, row);
+        emit_(row / n, row % n, c.keys + row * c.capacity, found, unscale_);
+      }
+    });
+    shared.trim();
+  }
+
+  // A row's distance to itself becomes so large that every other comes first.
+  void exclude(T* block, int64_t stride, int64_t row, int64_t rows, int64_t column, int64_t columns) const {
+    if (p.include_self) return;
+    for (int64_t i = 0; i < rows; ++i)
+      if (row + i >= column && row + i < column + columns)
+        block[i * stride + row + i - column] = std::numeric_limits<T>::max();
+  }
+
+  struct None {};
+
+  // The best of each part of the keys, side by side per query.
+  class Merge {
+   public:
+    Merge(int64_t parts, int64_t rows, int64_t k)
+        : parts_(parts), k_(k), keys_(size_t(rows * parts * k)), counts_(size_t(rows * parts)) {}
+    void put(int64_t row, int64_t part, const Key* best, int64_t found) {
+      std::copy_n(best, found, &keys_[size_t((row * parts_ + part) * k_)]);
+      counts_[size_t(row * parts_ + part)] = found;
+    }
+    KnnCandidates<T> row(int64_t row) {
+      Key* to = &keys_[size_t(row * parts_ * k_)];
+      total_ = 0;
+      for (int64_t part = 0; part < parts_; ++part) {
+        const int64_t found = counts_[size_t(row * parts_ + part)];
+        std::copy_n(&keys_[size_t((row * parts_ + part) * k_)], found, to + total_);
+        total_ += found;
+      }
+      KnnCandidates<T> c{};
+      c.keys = to, c.count = &total_, c.capacity = parts_ * k_;
+      return c;
+    }
+
+   private:
+    int64_t parts_, k_;
+    std::vector<Key> keys_;
+    std::vector<int64_t> counts_;
+    int64_t total_ = 0;
+  };
+
+  static constexpr int64_t kSide = 96;  // of a symmetric block: a multiple of every instruction set's groups
+
+  const KnnProblem& p;
+  const Emit& emit_;
+  const KnnKernels<T>& kernel = kernels<T>();
+  T scale_ = 1;
+  double unscale_ = 1;
+  bool threads_ = false;
+  std::atomic<bool> finite_{true};
+};
+
+template <class T, class Emit>
+void search(const KnnProblem& p, const Emit& emit) {
+  Search<T, Emit>(p, emit).run();
+}
+
+template <class T>
+T distance_of(typename KnnKey<T>::type key, double unscale) {
+  using Bits = std::conditional_t<std::is_same_v<T, float>, uint32_t, uint64_t>;
+  const Bits bits = Bits(key >> kKnnIndexBits);
+  T squared;
+  static_assert(sizeof squared == sizeof bits);
+  std::memcpy(&squared, &bits, sizeof bits);
+  return T(std::sqrt(squared) * unscale);
+}
+
+template <class T>
+void find(const KnnProblem& p, T* distances, int64_t* indices) {
+  search<T>(p, [&](int64_t s, int64_t row, const typename KnnKey<T>::type* keys, int64_t count, double unscale) {
+    const int64_t at = (s * p.num_queries + row) * p.k;
+    for (int64_t i = 0; i < p.k; ++i) {
+      distances[at + i] = i < count ? distance_of<T>(keys[i], unscale) : std::numeric_limits<T>::infinity();
+      indices[at + i] = i < count ? int64_t(uint32_t(keys[i])) : -1;
+    }
+  });
+}
+
+template <class T>
+void reward_at_once(const KnnProblem& p, const KnnReward& reward, T* out) {
+  search<T>(p, [&](int64_t s, int64_t row, const typename KnnKey<T>::type* keys, int64_t count, double unscale) {
+    double sum = 0;
+    const int64_t first = reward.kth && count > 0 ? count - 1 : 0;
+    for (int64_t i = first; i < count; ++i) sum += knn_power(distance_of<T>(keys[i], unscale), reward.exponent);
+    out[s * p.num_queries + row] = T(knn_log_reward(sum, count - first, reward.c));
+  });
+}
+
+template <class T>
+void keep(const KnnProblem& p, const KnnReward& reward, T* kept) {
+  std::vector<int64_t> offset(size_t(p.problems) + 1, 0);
+  for (int64_t s = 0; s < p.problems; ++s)
+    offset[size_t(s) + 1] = offset[size_t(s)] + p.num_queries * knn_kept(p, reward, s);
+  search<T>(p, [&](int64_t s, int64_t row, const typename KnnKey<T>::type* keys, int64_t count, double unscale) {
+    const int64_t n = knn_kept(p, reward, s);
+    T* to = kept + offset[size_t(s)] + row * n;
+    for (int64_t i = 0; i < n; ++i) to[i] = distance_of<T>(keys[count - n + i], unscale);
+  });
+}
+
+template <class T>
+void finish(const KnnProblem& p, const KnnReward& reward, const T* kept, double inverse, double clip, T* out) {
+  for (int64_t s = 0; s < p.problems; ++s) {
+    const int64_t n = knn_kept(p, reward, s);
+    for (int64_t row = 0; row < p.num_queries; ++row, kept += n) {
+      double sum = 0;
+      for (int64_t i = 0; i < n; ++i) sum += knn_power(statistic_normalize(kept[i], inverse, clip), reward.exponent);
+      *out++ = T(knn_log_reward(sum, n, reward.c));
+    }
+  }
+}
+
+}  // namespace
+
+void knn_cpu(const KnnProblem& p, void* distances, int64_t* indices) {
+  if (p.dtype == DType::f64)
+    find(p, static_cast<double*>(distances), indices);
+  else
+    find(p, static_cast<float*>(distances), indices);
+}
+void knn_reward_cpu(const KnnProblem& p, const KnnReward& reward, void* out) {
+  if (p.dtype == DType::f64)
+    reward_at_once(p, reward, static_cast<double*>(out));
+  else
+    reward_at_once(p, reward, static_cast<float*>(out));
+}
+void knn_kept_cpu(const KnnProblem& p, const KnnReward& reward, void* kept) {
+  if (p.dtype == DType::f64)
+    keep(p, reward, static_cast<double*>(kept));
+  else
+    keep(p, reward, static_cast<float*>(kept));
+}
+void knn_finish_cpu(const KnnProblem& p, const KnnReward& reward, const void* kept, Statistic state, StatisticRule rule,
+                    void* out) {
+  const double inverse = 1 / statistic_scale(state, rule);
+  if (p.dtype == DType::f64)
+    finish(p, reward, static_cast<const double*>(kept), inverse, rule.clip, static_cast<double*>(out));
+  else
+    finish(p, reward, static_cast<const float*>(kept), inverse, rule.clip, static_cast<float*>(out));
+}
+
+}  // namespace urlfast

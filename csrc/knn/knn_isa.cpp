@@ -1,1 +1,551 @@
-namespace urlfast {}
+// The search's inner loops, compiled once per instruction set. Internal linkage only, no STL, no inline function of
+// another header: the linker would keep one copy of it, perhaps one that this processor cannot run.
+#include "knn/knn_isa.hpp"
+
+#include "common/half.hpp"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace urlfast {
+namespace {
+
+// Vectors -------------------------------------------------------------------------------------------------------------
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+// R queries x N key vectors stay in registers: as many accumulators as leave room for the keys, one query value and
+// one difference.
+template <class T>
+struct Shape {
+  static constexpr int W = kVectorBytes / int(sizeof(T));
+  static constexpr int R = kVectorBytes == 64 ? (W == 16 ? 12 : 8) : (W == 8 ? 6 : W == 4 ? 4 : 2);
+  static constexpr int N = kVectorBytes == 64 ? (W == 16 ? 2 : 3) : (W == 2 ? 4 : 2);
+};
+
+template <class T>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+  typedef float type __attribute__((vector_size(kVectorBytes), may_alias));
+  typedef int32_t integer __attribute__((vector_size(kVectorBytes), may_alias));
+  using bits = uint32_t;
+};
+template <>
+struct VectorOf<double> {
+  typedef double type __attribute__((vector_size(kVectorBytes), may_alias));
+  typedef int64_t integer __attribute__((vector_size(kVectorBytes), may_alias));
+  using bits = uint64_t;
+};
+template <class T>
+using Vector = typename VectorOf<T>::type;
+
+template <class T>
+inline Vector<T> load(const T* p) {
+  Vector<T> v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class T>
+inline void store(T* p, Vector<T> v) {
+  __builtin_memcpy(p, &v, sizeof v);
+}
+
+// Bit i is set where a[i] <= b[i]; never for NaN.
+inline uint32_t less_equal(Vector<float> a, Vector<float> b) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_LE_OQ);
+#elif defined(__AVX2__)
+  return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_LE_OQ)));
+#elif defined(__SSE2__)
+  return uint32_t(_mm_movemask_ps(_mm_cmple_ps((__m128)a, (__m128)b)));
+#else
+  uint32_t mask = 0;
+  for (int i = 0; i < 4; ++i) mask |= uint32_t(a[i] <= b[i]) << i;
+  return mask;
+#endif
+}
+inline uint32_t less_equal(Vector<double> a, Vector<double> b) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_LE_OQ);
+#elif defined(__AVX2__)
+  return uint32_t(_mm256_movemask_pd(_mm256_cmp_pd((__m256d)a, (__m256d)b, _CMP_LE_OQ)));
+#elif defined(__SSE2__)
+  return uint32_t(_mm_movemask_pd(_mm_cmple_pd((__m128d)a, (__m128d)b)));
+#else
+  return uint32_t(a[0] <= b[0]) | uint32_t(a[1] <= b[1]) << 1;
+#endif
+}
+
+template <class T, int W>
+struct Zip;  // the lanes of a and b in turn: first of both lower halves, then of both upper ones
+template <class T>
+struct Zip<T, 16> {
+  static inline void apply(Vector<T> a, Vector<T> b, Vector<T>* low, Vector<T>* high) {
+    using I = typename VectorOf<T>::integer;
+    *low = __builtin_shuffle(a, b, I{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23});
+    *high = __builtin_shuffle(a, b, I{8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31});
+  }
+};
+template <class T>
+struct Zip<T, 8> {
+  static inline void apply(Vector<T> a, Vector<T> b, Vector<T>* low, Vector<T>* high) {
+    using I = typename VectorOf<T>::integer;
+    *low = __builtin_shuffle(a, b, I{0, 8, 1, 9, 2, 10, 3, 11});
+    *high = __builtin_shuffle(a, b, I{4, 12, 5, 13, 6, 14, 7, 15});
+  }
+};
+template <class T>
+struct Zip<T, 4> {
+  static inline void apply(Vector<T> a, Vector<T> b, Vector<T>* low, Vector<T>* high) {
+    using I = typename VectorOf<T>::integer;
+    *low = __builtin_shuffle(a, b, I{0, 4, 1, 5});
+    *high = __builtin_shuffle(a, b, I{2, 6, 3, 7});
+  }
+};
+template <class T>
+struct Zip<T, 2> {
+  static inline void apply(Vector<T> a, Vector<T> b, Vector<T>* low, Vector<T>* high) {
+    using I = typename VectorOf<T>::integer;
+    *low = __builtin_shuffle(a, b, I{0, 2});
+    *high = __builtin_shuffle(a, b, I{1, 3});
+  }
+};
+
+// W vectors become the W columns of what they were: zipping row i with row i + W/2, log2(W) times over.
+template <class T>
+inline void transpose_tile(Vector<T>* rows) {
+  constexpr int W = Shape<T>::W;
+  Vector<T> other[W];
+#pragma GCC unroll 4
+  for (int stage = 1; stage < W; stage *= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < W / 2; ++i) Zip<T, W>::apply(rows[i], rows[i + W / 2], &other[2 * i], &other[2 * i + 1]);
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) rows[i] = other[i];
+  }
+}
+
+// Numbers -------------------------------------------------------------------------------------------------------------
+
+template <class To, class From>
+inline To bits_as(From from) {
+  static_assert(sizeof(To) == sizeof(From), "same size");
+  To to;
+  __builtin_memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+inline float widen(Half x) { return to_float(x); }
+inline float widen(BFloat16 x) { return to_float(x); }
+inline float widen(float x) { return x; }
+inline double widen(double x) { return x; }
+
+template <class T, class Item>
+inline Vector<T> load_widened(const Item* p) {
+  constexpr int W = Shape<T>::W;
+  T lanes[W];
+  for (int i = 0; i < W; ++i) lanes[i] = widen(p[i]);
+  return load<T>(lanes);
+}
+template <>
+inline Vector<float> load_widened<float, float>(const float* p) {
+  return load<float>(p);
+}
+template <>
+inline Vector<double> load_widened<double, double>(const double* p) {
+  return load<double>(p);
+}
+
+template <class Bits>
+inline Bits largest_bits(const void* data, int64_t count) {
+  const Bits* items = static_cast<const Bits*>(data);
+  constexpr Bits kMagnitude = Bits(~Bits(0)) >> 1;
+  Bits most = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const Bits magnitude = items[i] & kMagnitude;
+    most = most < magnitude ? magnitude : most;
+  }
+  return most;
+}
+template <class T>
+double largest(const void* data, DType dtype, int64_t count) {
+  constexpr double kInfinity = __builtin_inf();
+  if (dtype == DType::f64) {
+    const uint64_t most = largest_bits<uint64_t>(data, count);
+    return most >= 0x7ffull << 52 ? kInfinity : bits_as<double>(most);
+  }
+  if (dtype == DType::f32) {
+    const uint32_t most = largest_bits<uint32_t>(data, count);
+    return most >= 0xffu << 23 ? kInfinity : double(bits_as<float>(most));
+  }
+  const uint16_t most = largest_bits<uint16_t>(data, count);
+  if (dtype == DType::f16) return most >= 0x7c00 ? kInfinity : double(widen(Half{most}));
+  return most >= 0x7f80 ? kInfinity : double(widen(BFloat16{most}));
+}
+
+// Packing -------------------------------------------------------------------------------------------------------------
+
+template <class T, class Item>
+void pack_items(const Item* data, int64_t rows, int64_t dim, int group, T scale, T* out) {
+  constexpr int W = Shape<T>::W;
+  for (int64_t first = 0; first < rows; first += group, out += dim * W) {
+    const int have = int(rows - first < group ? rows - first : group);
+    const Item* base = data + first * dim;
+    int64_t d = 0;
+    for (; d + W <= dim; d += W) {
+      Vector<T> tile[W];
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) tile[i] = i < have ? load_widened<T>(base + i * dim + d) * scale : Vector<T>{};
+      transpose_tile<T>(tile);
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) store(out + (d + i) * W, tile[i]);
+    }
+    for (; d < dim; ++d)
+      for (int i = 0; i < W; ++i) out[d * W + i] = i < have ? T(widen(base[i * dim + d])) * scale : T(0);
+  }
+}
+
+void pack_float(const void* data, DType dtype, int64_t rows, int64_t dim, int group, float scale, float* out) {
+  if (dtype == DType::f32)
+    pack_items<float>(static_cast<const float*>(data), rows, dim, group, scale, out);
+  else if (dtype == DType::f16)
+    pack_items<float>(static_cast<const Half*>(data), rows, dim, group, scale, out);
+  else
+    pack_items<float>(static_cast<const BFloat16*>(data), rows, dim, group, scale, out);
+}
+void pack_double(const void* data, DType, int64_t rows, int64_t dim, int group, double scale, double* out) {
+  pack_items<double>(static_cast<const double*>(data), rows, dim, group, scale, out);
+}
+
+template <class T>
+void transpose(const T* from, int64_t from_stride, int64_t rows, int64_t columns, T* to, int64_t to_stride) {
+  constexpr int W = Shape<T>::W;
+  for (int64_t i = 0; i < rows; i += W)
+    for (int64_t j = 0; j < columns; j += W) {
+      Vector<T> tile[W];
+#pragma GCC unroll 16
+      for (int r = 0; r < W; ++r) tile[r] = load(from + (i + r) * from_stride + j);
+      transpose_tile<T>(tile);
+#pragma GCC unroll 16
+      for (int r = 0; r < W; ++r) store(to + (j + r) * to_stride + i, tile[r]);
+    }
+}
+
+// Distances -----------------------------------------------------------------------------------------------------------
+
+// R queries x N key vectors over `depth` features, added to what `out` has unless they are the first.
+template <class T, int R, int N>
+void tile(const T* queries, const T* keys, int64_t keys_stride, int64_t depth, bool first, T* out, int64_t stride) {
+  constexpr int W = Shape<T>::W;
+  Vector<T> sum[R][N] = {};
+  for (int64_t d = 0; d < depth; ++d) {
+    Vector<T> key[N];
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) key[n] = load(keys + n * keys_stride + d * W);
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) {
+        const Vector<T> difference = key[n] - queries[d * W + r];
+        sum[r][n] += difference * difference;
+      }
+    }
+  }
+#pragma GCC unroll 12
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) {
+      T* to = out + r * stride + n * W;
+      store(to, first ? sum[r][n] : load(to) + sum[r][n]);
+    }
+  }
+}
+
+template <class T, int N>
+void tile_rows(int64_t rows, const T* queries, const T* keys, int64_t keys_stride, int64_t depth, bool first, T* out,
+               int64_t stride) {
+  constexpr int R = Shape<T>::R;
+  if (rows >= R) return tile<T, R, N>(queries, keys, keys_stride, depth, first, out, stride);
+  if constexpr (R > 8)
+    if (rows > 8) return tile<T, R, N>(queries, keys, keys_stride, depth, first, out, stride);
+  if constexpr (R > 4)
+    if (rows > 4) return tile<T, (R < 8 ? R : 8), N>(queries, keys, keys_stride, depth, first, out, stride);
+  if constexpr (R > 2)
+    if (rows > 2) return tile<T, 4, N>(queries, keys, keys_stride, depth, first, out, stride);
+  if (rows == 2) return tile<T, 2, N>(queries, keys, keys_stride, depth, first, out, stride);
+  tile<T, 1, N>(queries, keys, keys_stride, depth, first, out, stride);
+}
+
+constexpr int64_t kDepth = 256;  // features at a time: N groups of keys stay in the first cache over all queries
+
+template <class T>
+void distances(const T* queries, int64_t rows, const T* keys, int64_t columns, int64_t dim, T* out, int64_t stride) {
+  constexpr int W = Shape<T>::W, R = Shape<T>::R, N = Shape<T>::N;
+  const int64_t groups = (columns + W - 1) / W, group_size = dim * W;
+  for (int64_t d = 0; d < dim; d += kDepth) {
+    const int64_t depth = dim - d < kDepth ? dim - d : kDepth;
+    int64_t g = 0;
+    for (; g + N <= groups; g += N)
+      for (int64_t i = 0; i < rows; i += R)
+        tile_rows<T, N>(rows - i, queries + i / R * group_size + d * W, keys + g * group_size + d * W, group_size,
+                        depth, d == 0, out + i * stride + g * W, stride);
+    for (; g < groups; ++g)
+      for (int64_t i = 0; i < rows; i += R)
+        tile_rows<T, 1>(rows - i, queries + i / R * group_size + d * W, keys + g * group_size + d * W, group_size,
+                        depth, d == 0, out + i * stride + g * W, stride);
+  }
+}
+
+// A vector of keys' distances at a time: each key's differences are summed along the features as they lie, and a
+// transposition turns W such sums into one vector.
+template <class T>
+void stream(const T* query, const T* keys, int64_t columns, int64_t dim, T* out) {
+  constexpr int W = Shape<T>::W;
+  for (int64_t j = 0; j < columns; j += W) {
+    Vector<T> sum[W];
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) {
+      const T* key = keys + (j + i < columns ? j + i : j) * dim;
+      Vector<T> a = {}, b = {};
+      int64_t d = 0;
+      for (; d + 2 * W <= dim; d += 2 * W) {
+        const Vector<T> x = load(key + d) - load(query + d), y = load(key + d + W) - load(query + d + W);
+        a += x * x, b += y * y;
+      }
+      if (d + W <= dim) {
+        const Vector<T> x = load(key + d) - load(query + d);
+        a += x * x, d += W;
+      }
+      if (d < dim) {
+        T rest[W] = {};
+        for (int r = 0; d + r < dim; ++r) rest[r] = key[d + r] - query[d + r];
+        b += load(rest) * load(rest);
+      }
+      sum[i] = a + b;
+    }
+    transpose_tile<T>(sum);
+#pragma GCC unroll 4
+    for (int width = W / 2; width > 0; width /= 2) {
+#pragma GCC unroll 8
+      for (int i = 0; i < width; ++i) sum[i] += sum[i + width];
+    }
+    store(out + j, sum[0]);
+  }
+}
+
+// Candidates ----------------------------------------------------------------------------------------------------------
+
+template <class T>
+using Key = typename KnnKey<T>::type;
+
+template <class T>
+inline Key<T> make_key(T distance, int64_t index) {
+  return Key<T>(bits_as<typename VectorOf<T>::bits>(distance)) << kKnnIndexBits | Key<T>(index);
+}
+template <class T>
+inline T distance_of(Key<T> key) {
+  return bits_as<T>(typename VectorOf<T>::bits(key >> kKnnIndexBits));
+}
+
+template <class K>
+inline void swap(K& a, K& b) {
+  const K c = a;
+  a = b, b = c;
+}
+
+template <class K>
+void insertion_sort(K* keys, int64_t n) {
+  for (int64_t i = 1; i < n; ++i) {
+    const K key = keys[i];
+    int64_t j = i;
+    for (; j > 0 && key < keys[j - 1]; --j) keys[j] = keys[j - 1];
+    keys[j] = key;
+  }
+}
+template <class K>
+void heap_sort(K* keys, int64_t n) {
+  for (int64_t root = n / 2, end = n;;) {
+    if (root > 0)
+      --root;
+    else if (--end > 0)
+      swap(keys[0], keys[end]);
+    else
+      return;
+    const K key = keys[root];
+    int64_t hole = root;
+    for (int64_t child; (child = 2 * hole + 1) < end; hole = child) {
+      if (child + 1 < end && keys[child] < keys[child + 1]) ++child;
+      if (!(key < keys[child])) break;
+      keys[hole] = keys[child];
+    }
+    keys[hole] = key;
+  }
+}
+template <class K>
+void sort(K* keys, int64_t n) {
+  if (n <= 48)
+    insertion_sort(keys, n);
+  else
+    heap_sort(keys, n);
+}
+
+// The k lowest to the front, in any order. Keys are distinct. Quickselect; should its pivots be bad, it sorts.
+template <class K>
+void select(K* keys, int64_t n, int64_t k) {
+  int64_t low = 0, high = n;  // the k-th lies in [low, high)
+  for (int64_t rounds = 0; high - low > 24; ++rounds) {
+    if (rounds > 48) return heap_sort(keys + low, high - low);
+    K a = keys[low], b = keys[low + (high - low) / 2], c = keys[high - 1];
+    if (b < a) swap(a, b);
+    if (c < b) b = c < a ? a : c;
+    const K pivot = b;
+    int64_t i = low, j = high - 1;
+    while (i <= j) {
+      while (keys[i] < pivot) ++i;
+      while (pivot < keys[j]) --j;
+      if (i <= j) swap(keys[i++], keys[j--]);
+    }
+    if (k <= j + 1)
+      high = j + 1;
+    else if (k > i)
+      low = i;
+    else
+      return;
+  }
+  insertion_sort(keys + low, high - low);
+}
+
+// Drops all but the k lowest candidates and lowers the limit to the worst of them.
+template <class T>
+void shrink(Key<T>* keys, int64_t* count, Key<T>* limit, int64_t k) {
+  select(keys, *count, k);
+  Key<T> worst = 0;
+  for (int64_t i = 0; i < k; ++i) worst = worst < keys[i] ? keys[i] : worst;
+  *count = k;
+  *limit = worst;
+}
+
+// A bound on the k-th lowest of a first block: its columns fall into G groups, and the k-th lowest of the groups'
+// minima belongs to k different columns.
+template <class T, int V>
+inline T bound(const T* row, int64_t columns, int64_t k) {
+  constexpr int W = Shape<T>::W;
+  Vector<T> least[V];
+#pragma GCC unroll 8
+  for (int v = 0; v < V; ++v) least[v] = load(row + v * W);
+  int64_t j = V * W;
+  for (; j + V * W <= columns; j += V * W)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) {
+      const Vector<T> x = load(row + j + v * W);
+      least[v] = x < least[v] ? x : least[v];
+    }
+  T minima[V * W];
+#pragma GCC unroll 8
+  for (int v = 0; v < V; ++v) store(minima + v * W, least[v]);
+  T best = T(__builtin_inf());
+  for (int i = 0; i < V * W; ++i) {
+    const Vector<T> at = Vector<T>{} + minima[i];
+    int64_t below = 0;
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) below += __builtin_popcount(less_equal(least[v], at));
+    if (below >= k && minima[i] < best) best = minima[i];
+  }
+  return best;
+}
+template <class T>
+inline T first_bound(const T* row, int64_t columns, int64_t k) {
+  constexpr int W = Shape<T>::W;
+  if (2 * k <= 2 * W && columns >= 4 * W) return bound<T, 2>(row, columns, k);
+  if (2 * k <= 4 * W && columns >= 8 * W) return bound<T, 4>(row, columns, k);
+  if (2 * k <= 8 * W && columns >= 16 * W) return bound<T, 8>(row, columns, k);
+  return T(__builtin_inf());
+}
+
+template <class T>
+T offer(const T* block, int64_t stride, int64_t rows, int64_t columns, int64_t index, KnnCandidates<T> candidates,
+        int64_t first_row) {
+  constexpr int W = Shape<T>::W, kStep = 4;
+  Vector<T> total = {};
+  T rest_total = 0;
+  for (int64_t r = 0; r < rows; ++r) {
+    const T* row = block + r * stride;
+    Key<T>* keys = candidates.keys + (first_row + r) * candidates.capacity;
+    Key<T>* limit = candidates.limit + first_row + r;
+    int64_t* count = candidates.count + first_row + r;
+    if (*count == 0) {
+      const T least = first_bound(row, columns, candidates.k);
+      const Key<T> offered = make_key(least, 0) | ((Key<T>(1) << kKnnIndexBits) - 1);
+      if (offered < *limit) *limit = offered;
+    }
+    T threshold = distance_of<T>(*limit);
+    for (int64_t j = 0; j < columns; j += kStep * W) {
+      uint64_t hits = 0;
+      const Vector<T> bar = Vector<T>{} + threshold;
+      if (j + kStep * W <= columns) {
+#pragma GCC unroll 4
+        for (int v = 0; v < kStep; ++v) {
+          const Vector<T> x = load(row + j + v * W);
+          total += x;
+          hits |= uint64_t(less_equal(x, bar)) << v * W;
+        }
+      } else {
+        for (int64_t i = j; i < columns; ++i) {
+          rest_total += row[i];
+          hits |= uint64_t(row[i] <= threshold) << (i - j);
+        }
+      }
+      if (!hits) continue;
+      int64_t n = *count;
+      const Key<T> below = *limit;
+      for (; hits; hits &= hits - 1) {
+        const int64_t at = j + __builtin_ctzll(hits);
+        keys[n] = make_key(row[at], index + at);
+        n += keys[n] <= below;
+      }
+      *count = n;
+      if (n >= candidates.trigger) {
+        shrink<T>(keys, count, limit, candidates.k);
+        threshold = distance_of<T>(*limit);
+      }
+    }
+  }
+  T lanes[W];
+  store(lanes, total);
+  for (int i = 0; i < W; ++i) rest_total += lanes[i];
+  return rest_total;
+}
+
+template <class T>
+int64_t settle(KnnCandidates<T> candidates, int64_t row) {
+  Key<T>* keys = candidates.keys + row * candidates.capacity;
+  int64_t count = candidates.count[row];
+  if (count > candidates.k) {
+    select(keys, count, candidates.k);
+    count = candidates.k;
+  }
+  sort(keys, count);
+  return count;
+}
+
+template <class T>
+constexpr KnnKernels<T> kernels(void (*pack)(const void*, DType, int64_t, int64_t, int, T, T*)) {
+  return {Shape<T>::W,  Shape<T>::R, Shape<T>::N,  4 * Shape<T>::W, largest<T>, pack,
+          distances<T>, stream<T>,   transpose<T>, offer<T>,        settle<T>};
+}
+
+}  // namespace
+
+namespace URLFAST_ISA_NAMESPACE {
+const KnnKernels<float> knn_float = kernels<float>(pack_float);
+const KnnKernels<double> knn_double = kernels<double>(pack_double);
+}  // namespace URLFAST_ISA_NAMESPACE
+}  // namespace urlfast

@@ -1,0 +1,199 @@
+"""Checkpoints under damage: whatever happens to the newest, the run goes on from one that is whole."""
+
+import json
+import pickle
+import resource
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import toy_run
+
+from urlfast import checkpoint, train
+from urlfast.checkpoint import Refused, checkpoints, plain, read, read_latest
+from urlfast.run import Run, read_metrics
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of 200 steps, whose ring of 100 rows has wrapped; checkpoints of steps 120, 160 and 200 are kept."""
+    return toy_run.new(tmp_path_factory.mktemp("runs"), "--replay-capacity", "100")
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    return Run(shutil.copytree(finished.folder, tmp_path / finished.name))
+
+
+def test_a_state_comes_back_from_a_load_that_executes_nothing(tmp_path):
+    generator = np.random.default_rng(7)
+    state = {"array": np.arange(3), "scalar": np.float32(0.5), "rng": generator.bit_generator.state, "list": [(1, "x", None, True)]}
+    torch.save(plain(state), tmp_path / "state.pt")
+    back = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert back["array"].tolist() == [0, 1, 2] and back["scalar"] == 0.5 and back["list"] == [(1, "x", None, True)]
+    again = np.random.default_rng()
+    again.bit_generator.state = back["rng"]
+    assert again.random() == generator.random()
+
+
+def test_the_newest_are_kept_and_no_segment_more_than_they_need(finished):
+    assert [checkpoint.step_of(path) for path in checkpoints(finished.folder)] == [200, 160, 120]
+    needed = set().union(*(read(path, replay=True).segments for path in checkpoints(finished.folder)))
+    held = {path.name for path in (finished.folder / "replay").iterdir()} - {"manifest.json"}
+    assert held == needed
+    assert not list(finished.folder.glob("**/.*.tmp"))
+
+
+def test_an_older_checkpoint_holds_its_own_rows_after_the_ring_has_wrapped(finished, tmp_path):
+    oldest = read(checkpoints(finished.folder)[-1], replay=True).load_replay()
+    alone = toy_run.new(tmp_path, "--replay-capacity", "100", "--steps", "122")
+    then = read(checkpoints(alone.folder)[1], replay=True).load_replay()
+    assert len(oldest) == len(then)
+    for _ in range(5):
+        mine, theirs = oldest.sample(16), then.sample(16)
+        np.testing.assert_array_equal(mine.observation, theirs.observation)
+        np.testing.assert_array_equal(mine.action, theirs.action)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+
+
+def replace_by_foreign(path):
+    torch.save({"someone": "else's"}, path)
+
+
+def remove(path):
+    path.unlink()
+
+
+@pytest.mark.parametrize("damage", [truncate, flip, replace_by_foreign, remove])
+@pytest.mark.parametrize("victim", ["state.pt", "manifest.json", "replay.json", "segment"])
+def test_what_is_not_what_was_written_is_refused_by_name_and_the_one_before_it_used(run, victim, damage):
+    newest, before, *_ = checkpoints(run.folder)
+    path = newest / victim
+    if victim == "segment":
+        only = set(read(newest, replay=True).segments) - set(read(before, replay=True).segments)
+        path = run.folder / "replay" / min(only)
+    damage(path)
+    with pytest.raises(Refused, match=str(path)):
+        read(newest, replay=True)
+    said = []
+    assert read_latest(run.folder, replay=True, say=said.append).step == 160
+    assert len(said) == 1 and str(path) in said[0]
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(run, capsys):
+    flip(checkpoints(run.folder)[0] / "state.pt")
+    assert train.run_train(["--resume", str(run.folder)]) == 0
+    assert "refused" in capsys.readouterr().out
+    final = read_latest(run.folder, replay=True)
+    assert (final.step, final.state["updates"]) == (200, 135)
+    steps = [line["step"] for line in read_metrics(run.folder)]
+    assert steps == sorted(set(steps)) and steps[-1] == 200
+
+
+class Execute:
+    def __reduce__(self):
+        return print, ("a checkpoint was executed",)
+
+
+def test_a_forged_checkpoint_is_not_executed(run, capsys):
+    """Even one whose checksums are right."""
+    newest = checkpoints(run.folder)[0]
+    (newest / "state.pt").write_bytes(pickle.dumps(Execute(), protocol=2))
+    body = json.loads((newest / "manifest.json").read_text())
+    del body["sha256"]
+    body["files"]["state.pt"] = checkpoint._digest(newest / "state.pt")
+    (newest / "manifest.json").write_text(json.dumps({**body, "sha256": checkpoint._own_digest(body)}))
+    with pytest.raises(Refused, match=r"state\.pt is not a checkpoint"):
+        read(newest)
+    assert "executed" not in capsys.readouterr().out
+
+
+def test_a_later_format_is_refused(run):
+    newest = checkpoints(run.folder)[0]
+    body = json.loads((newest / "manifest.json").read_text())
+    (newest / "manifest.json").write_text(json.dumps(body | {"format": 2}))
+    with pytest.raises(Refused, match="format 2"):
+        read(newest)
+
+
+@pytest.mark.parametrize("point", ["state.pt", "replay.json", "manifest.json", "rename"])
+def test_kill_during_a_checkpoint(tmp_path, point):
+    """The third checkpoint (of step 80) is cut short at each of its steps; the second one is used."""
+    murder = f"""
+import os, signal, toy_run
+from pathlib import Path
+from urlfast import checkpoint, train
+write, rename, calls = checkpoint._write, Path.rename, []
+def dying(path, *rest):
+    if path.name == {point!r} or {point!r} == "rename" and rest and ".tmp" in path.name:
+        calls.append(path)
+        if len(calls) == 3:
+            if {point!r} != "rename":
+                path.write_bytes(b"half")
+            os.kill(os.getpid(), signal.SIGKILL)
+    return (rename if rest and isinstance(rest[0], Path) else write)(path, *rest)
+checkpoint._write, Path.rename = dying, dying
+train.main(["toy", "corridor", "--runs", {str(tmp_path)!r}])
+"""
+    killed = subprocess.run([sys.executable, "-c", murder], env=toy_run.environment(), capture_output=True, text=True)
+    assert killed.returncode == -9, killed.stderr
+    (folder,) = tmp_path.iterdir()
+    assert [checkpoint.step_of(path) for path in checkpoints(folder)] == [40, 0]
+    assert train.run_train(["--resume", str(folder)]) == 0
+    assert read_latest(folder, replay=True).state["updates"] == 135
+    assert not list(folder.glob("**/.*.tmp"))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    place = tmp_path / "disk"
+    place.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(place)], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"mounting a small disk needs root: {done.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def test_a_full_disk_is_one_line_and_nothing_written_before_is_lost(small_disk):
+    full = subprocess.run(
+        [*toy_run.COMMAND, "toy", "corridor", "--steps", "1500", "--runs", str(small_disk)],
+        env=toy_run.environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert full.returncode == 1
+    assert "No space left" in full.stderr and len(full.stderr.splitlines()) == 1, full.stderr
+    (folder,) = small_disk.iterdir()
+    assert not list(folder.glob("**/.*.tmp"))
+    for path in checkpoints(folder):
+        read(path, replay=True)
+    reached = read_latest(folder, replay=True).step
+    assert 0 < reached < 1500
+    subprocess.run(["mount", "-o", "remount,size=16m", str(small_disk)], check=True)
+    assert train.run_train(["--resume", str(folder)]) == 0
+    assert read_latest(folder, replay=True).step == 1500
+    steps = [line["step"] for line in read_metrics(folder)]
+    assert steps == list(range(10, 1501, 10))
+
+
+def test_a_limit_on_file_size_is_one_line_too(tmp_path):
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, 8_000))  # noqa: E731
+    command = [*toy_run.COMMAND, "toy", "corridor", "--steps", "1500", "--runs", str(tmp_path)]
+    full = subprocess.run(command, env=toy_run.environment(), capture_output=True, text=True, preexec_fn=limit)
+    assert full.returncode == 1
+    assert "File too large" in full.stderr and len(full.stderr.splitlines()) == 1, full.stderr
+    (folder,) = tmp_path.iterdir()
+    assert train.run_train(["--resume", str(folder)]) == 0

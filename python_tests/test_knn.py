@@ -1,0 +1,359 @@
+import numpy as np
+import pytest
+import reference_knn as reference
+import torch
+from conftest import DEVICES, OTHER_ISAS, rerun_under, to_numpy
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import urlfast
+from urlfast import _core
+
+TOLERANCE = {"float64": 1e-12, "float32": 3e-6, "float16": 3e-6, "bfloat16": 3e-6}
+every_device = pytest.mark.parametrize("device", DEVICES)
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    before = _core.num_threads()
+    yield
+    urlfast.set_num_threads(before)
+
+
+def on(device, array, dtype=None):
+    """On the CPU a NumPy array where NumPy has the dtype, else a tensor; beside it what its values are in float64."""
+    if device == "cpu" and dtype != "bfloat16":
+        array = array if dtype is None else array.astype(dtype)
+        return array, array.astype(np.float64)
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    tensor = (tensor if dtype is None else tensor.to(getattr(torch, dtype))).to(device)
+    return tensor, tensor.double().cpu().numpy()
+
+
+def close(got, want, dtype="float32"):
+    np.testing.assert_allclose(to_numpy(got), want, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+def check_neighbours(got, pool, queries, k, dtype, include_self=True, own=True):
+    """Distances as the reference has them; indices distinct and at those distances (rounding may swap near-ties)."""
+    distances, indices = (to_numpy(x) for x in got)
+    want, _ = reference.knn(queries, None if own else pool, k, include_self)
+    assert distances.dtype == (np.float64 if dtype == "float64" else np.float32) and indices.dtype == np.int64
+    close(distances, want, dtype)
+    assert all(len(set(row)) == k for row in indices)
+    if not include_self:
+        assert (indices != np.arange(len(queries))[:, None]).all()
+    close(np.sqrt(((queries[:, None] - pool[indices]) ** 2).sum(-1)), want, dtype)
+    assert (np.diff(distances, axis=1) >= 0).all()
+
+
+# Values ---------------------------------------------------------------------------------------------------------------
+
+
+@every_device
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_knn_and_reward_match_the_reference(device, data):
+    dtype = data.draw(st.sampled_from(["float32", "float64", "float16", "bfloat16"]))
+    b, d, own = data.draw(st.integers(1, 130)), data.draw(st.integers(1, 70)), data.draw(st.booleans())
+    m = b if own else data.draw(st.integers(1, 300))
+    include_self = not own or b == 1 or data.draw(st.booleans())
+    k = data.draw(st.integers(1, m - (not include_self)) | st.just(m - (not include_self)))
+    urlfast.set_num_threads(data.draw(st.integers(1, 3)))
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    mean = data.draw(st.sampled_from([0.0, 100.0]))  # a large mean punishes |a|^2 + |b|^2 - 2ab
+    q = rng.normal(mean, 1, (b, d))
+    q[: b // 3] = q[0]
+    pool = q if own else np.concatenate([rng.normal(mean, 1, (m - m // 4, d)), np.repeat(q[:1], m // 4, 0)])
+    x, q = on(device, q, dtype)
+    y, pool = (None, q) if own else on(device, pool, dtype)
+    check_neighbours(urlfast.knn(x, y, k, include_self=include_self), pool, q, k, dtype, include_self, own)
+    how = dict(
+        reduction=data.draw(st.sampled_from(["mean", "kth"])),
+        exponent=data.draw(st.sampled_from([1.0, 2.0, 0.5])),
+        c=data.draw(st.sampled_from([1.0, 0.01])),
+    )
+    got = to_numpy(urlfast.knn_reward(x, k, y, include_self=include_self, **how))
+    want = reference.knn_reward(q, k, None if own else pool, include_self=include_self, **how)
+    np.testing.assert_allclose(got, want, rtol=2 * TOLERANCE[dtype], atol=2 * TOLERANCE[dtype])
+
+
+@every_device
+@pytest.mark.parametrize(
+    "b, m, d, k",
+    [
+        (1024, None, 15, 12),
+        (400, None, 300, 16),
+        (64, None, 3136, 16),
+        (193, None, 40, 193),
+        (1, 9000, 32, 10),
+        (2, 9000, 31, 10),
+        (3, 3000, 17, 500),
+        (7, 2500, 1100, 5),
+        (300, 2100, 33, 12),
+        (1, 1, 1, 1),
+    ],
+)
+def test_larger_shapes(device, b, m, d, k):
+    """The shapes where blocks, symmetry, streaming and divided keys each take over."""
+    rng = np.random.default_rng(b + d)
+    x, q = on(device, rng.normal(3, 1, (b, d)).astype(np.float32))
+    y, pool = (None, q) if m is None else on(device, rng.normal(3, 1, (m, d)).astype(np.float32))
+    check_neighbours(urlfast.knn(x, y, k), pool, q, k, "float32", own=m is None)
+    close(urlfast.knn_reward(x, k, y), reference.knn_reward(q, k, y if y is None else pool))
+
+
+@every_device
+def test_ties_go_to_the_lowest_index(device):
+    rng = np.random.default_rng(0)
+    for b, d in ((300, 2), (300, 64), (1, 2)):  # a grid: whole numbers, so distances are exact and tie often
+        q, keys = rng.integers(0, 3, (b, d)).astype(np.float32), rng.integers(0, 3, (3000, d)).astype(np.float32)
+        for pool in (None, keys):
+            k = min(20, b if pool is None else 20)
+            _, index = urlfast.knn(on(device, q)[0], None if pool is None else on(device, pool)[0], k)
+            np.testing.assert_array_equal(to_numpy(index), reference.knn(q, pool, k)[1])
+    same = np.ones((500, 40), np.float32)
+    distance, index = urlfast.knn(on(device, same)[0], k=500)
+    assert (to_numpy(distance) == 0).all() and (to_numpy(index) == np.arange(500)).all()
+    _, index = urlfast.knn(on(device, same)[0], k=3, include_self=False)
+    assert to_numpy(index)[:4].tolist() == [[1, 2, 3], [0, 2, 3], [0, 1, 3], [0, 1, 2]]
+
+
+@every_device
+def test_batches_are_independent_problems(device):
+    rng = np.random.default_rng(1)
+    for s, b, m, d, k in ((3, 5, 40, 7, 4), (2, 130, 130, 50, 12), (40, 1, 64, 32, 10)):
+        q, pool = rng.normal(size=(s, b, d)).astype(np.float32), rng.normal(size=(s, m, d)).astype(np.float32)
+        x, y = on(device, q)[0], on(device, pool)[0]
+        close(urlfast.knn_reward(x, k, y), reference.knn_reward(q, k, pool))
+        distance, index = (to_numpy(a) for a in urlfast.knn(x, y, k))
+        for i in range(s):
+            np.testing.assert_array_equal(index[i], reference.knn(q[i], pool[i], k)[1])
+            close(distance[i], reference.knn(q[i], pool[i], k)[0])
+        if k <= b:
+            close(urlfast.knn_reward(x, k), reference.knn_reward(q, k))
+
+
+@every_device
+def test_ragged_memories(device):
+    """Empty, shorter than k, full; what lies beyond a length is never looked at."""
+    rng = np.random.default_rng(2)
+    lengths = [0, 1, 3, 700, 5000, 4999, 10]
+    for b in (1, 6):
+        q = rng.normal(size=(7, b, 12)).astype(np.float32)
+        pool = rng.normal(size=(7, 5000, 12)).astype(np.float32)
+        for i, n in enumerate(lengths):
+            pool[i, n:] = np.nan
+        x, y = on(device, q)[0], on(device, pool)[0]
+        for how in (dict(), dict(reduction="kth", exponent=2.0, c=0.5)):
+            got = urlfast.knn_reward(x, 5, y, lengths=lengths, **how)
+            close(got, reference.knn_reward(q, 5, pool, lengths, **how))
+            assert (to_numpy(got)[0] == np.float32(np.log(how.get("c", 1.0)))).all()
+        distance, index = (to_numpy(a) for a in urlfast.knn(x, y, 5, lengths=np.array(lengths)))
+        for i, n in enumerate(lengths):
+            found = min(5, n)
+            assert np.isinf(distance[i, :, found:]).all() and (index[i, :, found:] == -1).all()
+            if found:
+                np.testing.assert_array_equal(index[i, :, :found], reference.knn(q[i], pool[i, :n], found)[1])
+    assert to_numpy(urlfast.knn_reward(on(device, q)[0], 5, on(device, pool[:, :0])[0], lengths=[0] * 7)).tolist() == [[0.0] * 6] * 7
+
+
+@pytest.mark.parametrize("scale", [1e-44, 1e-38, 1e-25, 1e18, 1e25, 1e37])
+@pytest.mark.parametrize("shape", [(40, 9), (150, 64)])
+def test_scales_whose_squares_leave_the_range(scale, shape):
+    z = (np.random.default_rng(3).normal(size=shape) * scale).astype(np.float32)
+    for pool in (None, z[::-1].copy()):
+        got, _ = urlfast.knn(z, pool, 7)
+        np.testing.assert_allclose(got.astype(np.float64), reference.knn(z, pool, 7)[0], rtol=3e-6, atol=2e-45)
+    one, memory = z[:1], np.concatenate([np.ones((5, shape[1]), np.float32), z[1:]])  # an ordinary query or rows beside them
+    np.testing.assert_allclose(urlfast.knn(one, memory, 3)[0], reference.knn(one, memory, 3)[0], rtol=1e-5, atol=1e-18)
+    huge = (z.astype(np.float64) * 1e250).astype(np.float64)
+    np.testing.assert_allclose(urlfast.knn(huge, k=7)[0], reference.knn(huge / scale / 1e250, k=7)[0] * scale * 1e250, rtol=1e-5)
+
+
+def test_results_do_not_depend_on_threads():
+    rng = np.random.default_rng(4)
+    for q, pool in (((700, 64), None), ((700, 15), None), ((90, 33), (5000, 33)), ((1, 32), (20000, 32))):
+        q, pool = rng.normal(size=q).astype(np.float32), None if pool is None else rng.normal(size=pool).astype(np.float32)
+        results = []
+        for n in (1, 2, 5):
+            urlfast.set_num_threads(n)
+            results.append(urlfast.knn(q, pool, 12 if pool is None else 40))
+        for distance, index in results[1:]:
+            assert (distance == results[0][0]).all() and (index == results[0][1]).all()
+
+
+@pytest.mark.parametrize("isa", OTHER_ISAS)
+def test_every_instruction_set(isa):
+    rerun_under(isa, __file__)
+
+
+# Statistic ------------------------------------------------------------------------------------------------------------
+
+
+@every_device
+@pytest.mark.parametrize("mode", ["mean", "std", "var", "ema_abs"])
+@pytest.mark.parametrize("clip", [None, 0.3])
+@pytest.mark.parametrize("reduction", ["mean", "kth"])
+def test_normalizer_sees_the_kept_distances_then_divides_them(device, mode, clip, reduction):
+    """Search, update, divide, subtract and floor, power, reduce, log; beside it the same steps one by one."""
+    rng = np.random.default_rng(8)
+    inside, beside = (urlfast.RunningNormalizer(mode, clip=clip, device=device) for _ in range(2))
+    lengths = [0, 3, 200]
+    for step in range(4):
+        z, memory = rng.normal(size=(3, 10, 6)).astype(np.float32), rng.normal(size=(3, 200, 6)).astype(np.float32)
+        before = inside.state_dict()
+        how = dict(reduction=reduction, exponent=2.0, c=0.5)
+        got = urlfast.knn_reward(
+            on(device, z)[0], 5, on(device, memory)[0], lengths=lengths, normalizer=inside, update_normalizer=step != 2, **how
+        )
+        found = [[reference.knn(q[None], m[:n], 5)[0][0] for q in one] for one, m, n in zip(z, memory, lengths, strict=True)]
+        kept = np.concatenate([d[-1:] if reduction == "kth" else d for one in found for d in one])
+        if step == 2:
+            assert inside.state_dict() == before
+        else:
+            beside.update(on(device, kept)[0])
+        want = [[reference.reward(d, scale=beside.scale, clip=clip, **how) for d in one] for one in found]
+        np.testing.assert_allclose(to_numpy(got), want, rtol=1e-5, atol=1e-5)
+        assert inside.scale == pytest.approx(beside.scale, rel=1e-6)
+
+
+@every_device
+def test_memories_that_are_all_empty_leave_the_statistic_alone(device):
+    normalizer = urlfast.RunningNormalizer("mean", device=device)
+    z, memory = on(device, np.ones((2, 1, 3), np.float32))[0], on(device, np.ones((2, 4, 3), np.float32))[0]
+    got = urlfast.knn_reward(z, 5, memory, lengths=[0, 0], normalizer=normalizer, c=2.0)
+    np.testing.assert_allclose(to_numpy(got), np.log(2.0), rtol=1e-6)
+    assert normalizer.state_dict()["count"] == 0
+
+
+def test_a_refused_batch_leaves_the_statistic_alone():
+    normalizer = urlfast.RunningNormalizer("mean")
+    with pytest.raises(ValueError, match=r"^z: must be finite"):
+        urlfast.knn_reward(np.full((5, 3), np.nan, np.float32), 2, normalizer=normalizer)
+    assert normalizer.state_dict()["count"] == 0
+
+
+def test_the_normalizer_is_checked():
+    with pytest.raises(TypeError, match=r"^normalizer: must be a RunningNormalizer, got float$"):
+        urlfast.knn_reward(Z, 2, normalizer=1.0)
+    with pytest.raises(ValueError, match=r"^normalizer: must have shape \(\), got 3 features$"):
+        urlfast.knn_reward(Z, 2, normalizer=urlfast.RunningNormalizer("mean", shape=(3,)))
+
+
+# Libraries ------------------------------------------------------------------------------------------------------------
+
+
+@every_device
+def test_torch_in_torch_out(device):
+    z = torch.randn(20, 8, device=device, requires_grad=True)
+    reward = urlfast.knn_reward(z, 5)
+    assert isinstance(reward, torch.Tensor) and reward.device == z.device and not reward.requires_grad and reward.dtype == torch.float32
+    distance, index = urlfast.knn(z.double(), z.double(), 5)
+    assert distance.dtype == torch.float64 and index.dtype == torch.int64
+    want = torch.cdist(z.detach().double(), z.detach().double(), compute_mode="donot_use_mm_for_euclid_dist").topk(5, largest=False)
+    torch.testing.assert_close(distance, want.values)
+
+
+def test_read_only_and_empty_strides():
+    z = np.random.default_rng(5).normal(size=(20, 8)).astype(np.float32)
+    want = urlfast.knn_reward(z, 5)
+    z.setflags(write=False)
+    assert (urlfast.knn_reward(z, 5) == want).all()
+    assert isinstance(want, np.ndarray) and want.shape == (20,) and want.dtype == np.float32
+    assert urlfast.knn_reward(z[::2][:1], 1).shape == (1,)  # an axis of length 1 may have any stride
+
+
+# Errors ---------------------------------------------------------------------------------------------------------------
+
+Z = np.random.default_rng(6).normal(size=(4, 3)).astype(np.float32)
+ZZ = np.zeros((2, 4, 3), np.float32)
+
+
+@pytest.mark.parametrize(
+    "arguments, options, message",
+    [
+        ((Z, 5), {}, r"^k: must lie in 1\.\.4 \(the rows of z\), got 5$"),
+        ((Z, 0), {}, r"^k: must lie in 1\.\.4 .* got 0$"),
+        ((Z, 4), dict(include_self=False), r"^k: must lie in 1\.\.3 \(the rows of z but the row itself\), got 4$"),
+        ((Z, 6, ZZ[0]), {}, r"^k: must lie in 1\.\.4 \(the rows of memory\), got 6$"),
+        ((Z, 2, ZZ[0]), dict(include_self=False), r"^include_self: must be True with memory"),
+        ((Z[0],), {}, r"^z: must have shape \(B, D\) or \(S, B, D\), got \(3,\)$"),
+        ((Z[:0],), {}, r"^z: must not be empty, got \(0, 3\)$"),
+        ((Z[:, :2], 2), {}, r"^z: must be C-contiguous; pass np\.ascontiguousarray\(z\)$"),
+        ((torch.zeros(3, 4).T, 2), {}, r"^z: must be C-contiguous; pass z\.contiguous\(\)$"),
+        ((Z, 2, Z[:, :2].copy()), {}, r"^memory: must have 3 features as z has, got \(4, 2\)$"),
+        ((Z, 2, ZZ), {}, r"^memory: must have 2 axes as z has, got \(2, 4, 3\)$"),
+        ((ZZ, 2, np.zeros((3, 4, 3), np.float32)), {}, r"^memory: must have 2 memories as z has, got \(3, 4, 3\)$"),
+        ((Z, 1, Z[:0]), {}, r"^memory: must not be empty without lengths"),
+        ((Z, 2), dict(lengths=[4]), r"^lengths: needs memory of shape \(S, M, D\)"),
+        ((Z, 2, Z), dict(lengths=[4]), r"^lengths: needs memory of shape \(S, M, D\), got \(4, 3\)$"),
+        ((ZZ, 2, ZZ), dict(lengths=[4]), r"^lengths: must have one entry for each of the 2 memories, got 1$"),
+        ((ZZ, 2, ZZ), dict(lengths=[4, 5]), r"^lengths: must lie in 0\.\.4, got 5$"),
+        ((ZZ, 2, ZZ), dict(lengths=[-1, 4]), r"^lengths: must lie in 0\.\.4, got -1$"),
+        ((Z, 2), dict(reduction="max"), r"^reduction: must be 'mean' or 'kth', got 'max'$"),
+        ((Z, 2), dict(exponent=0.0), r"^exponent: must be positive and finite, got 0$"),
+        ((Z, 2), dict(c=0.0), r"^c: must be positive and finite, got 0$"),
+        ((Z, 2), dict(c=float("nan")), r"^c: must be positive and finite, got nan$"),
+    ],
+)
+def test_values_are_refused_by_name(arguments, options, message):
+    with pytest.raises(ValueError, match=message):
+        urlfast.knn_reward(*arguments, **options)
+
+
+@pytest.mark.parametrize(
+    "arguments, options, message",
+    [
+        (([[1.0]], 1), {}, r"^z: must be an array .* got list$"),
+        ((np.zeros((2, 2), np.int32), 1), {}, r"^z: must have dtype float16, bfloat16, float32, float64, got int32$"),
+        ((Z, 2, Z.astype(np.float64)), {}, r"^memory: must have dtype float32 as z has, got float64$"),
+        ((ZZ, 2, ZZ), dict(lengths=[1.5, 2]), r"^lengths: must hold integers, got 1\.5$"),
+        ((ZZ, 2, ZZ), dict(lengths=np.ones(2)), r"^lengths: must have dtype int64, int32, got float64$"),
+        ((ZZ, 2, ZZ), dict(lengths=3), r"^lengths: must be a sequence of integers, got int$"),
+    ],
+)
+def test_types_are_refused_by_name(arguments, options, message):
+    with pytest.raises(TypeError, match=message):
+        urlfast.knn_reward(*arguments, **options)
+
+
+def test_knn_names_its_own_arguments():
+    with pytest.raises(ValueError, match=r"^keys: must have 3 features as queries has, got \(4, 2\)$"):
+        urlfast.knn(Z, Z[:, :2].copy(), 2)
+    with pytest.raises(ValueError, match=r"^queries: must be finite"):
+        urlfast.knn(Z * np.float32(np.nan), k=2)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_nan_and_infinity_are_refused_on_the_cpu(bad, dtype):
+    rng = np.random.default_rng(7)
+    for b, d in ((5, 3), (150, 40), (1, 33)):
+        z = rng.normal(size=(b, d)).astype(dtype)
+        memory = rng.normal(size=(600, d)).astype(dtype)
+        broken = z.copy()
+        broken[b // 2, d - 1] = bad
+        with pytest.raises(ValueError, match=r"^z: must be finite, has NaN or infinity$"):
+            urlfast.knn_reward(broken, 1)
+        with pytest.raises(ValueError, match=r"^z: must be finite"):
+            urlfast.knn_reward(broken[None], 1, memory[None], lengths=[0])
+        for at in (0, 599):
+            broken = memory.copy()
+            broken[at, 0] = bad
+            with pytest.raises(ValueError, match=r"^memory: must be finite, has NaN or infinity$"):
+                urlfast.knn_reward(z, 1, broken)
+        assert np.isfinite(urlfast.knn_reward(z[None], 1, broken[None], lengths=[599])).all()
+
+
+@pytest.mark.skipif(_core.build_info()["cuda_usable"], reason="there is a GPU")
+def test_cuda_without_a_gpu_is_one_clear_error():
+    class Elsewhere:
+        def __dlpack_device__(self):
+            return (2, 0)
+
+        def __dlpack__(self, **_):
+            raise AssertionError("must not be asked")
+
+    with pytest.raises(RuntimeError, match=r"^z: CUDA is not usable here: "):
+        urlfast.knn_reward(Elsewhere(), 1)

@@ -1,0 +1,36 @@
+"""`urlfast COMMAND`, which is `python -m urlfast.COMMAND`."""
+
+import importlib
+import sys
+
+from urlfast import __version__
+
+COMMANDS = {
+    "train": "pre-train without reward, or train on a game's own",
+    "transfer": "fine-tune a pre-trained run on its game's reward",
+    "evaluate": "score and coverage of a run, beside a random policy",
+    "report": "one HTML page of a run or several",
+    "info": "what this installation has and can use",
+}
+
+
+def main() -> None:
+    argv = sys.argv[1:]
+    if argv == ["--version"]:
+        print(f"urlfast {__version__}")
+    elif not argv or argv[0] in ("-h", "--help"):
+        print("usage: urlfast COMMAND ... | --version\n")
+        print("\n".join(f"  {name:10}{says}" for name, says in COMMANDS.items()))
+        print("\n`urlfast COMMAND --help` says more.")
+    elif argv[0] in COMMANDS:
+        importlib.import_module(f"urlfast.{argv[0]}").main(argv[1:])
+    else:
+        import difflib
+
+        close = difflib.get_close_matches(argv[0], COMMANDS, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        sys.exit(f"urlfast: unknown command {argv[0]!r}, {hint}(known: {', '.join(COMMANDS)})")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,407 @@
+"""Atari, on the emulator of ale-py.
+
+Two backends with one face. "vector" is ale-py's AtariVectorEnv: native threads, the fastest, images and rewards only. "processes" runs
+ALEInterface in worker processes and also gives RAM, per-frame score changes, the screen and cloned states. Both show the same rows for one
+seed and one list of actions, up to a grey level or two of the resize.
+
+Nothing is clipped and no button is pressed behind the agent's back. An episode ends where the game does or at the time limit: a lost life
+only raises `terminated` (and only with life_loss_terminal), and the game goes on.
+
+    life lost        terminated 1 or 0   is_last 0
+    game over        terminated 1        is_last 1
+    time limit       terminated 0        is_last 1     (1 if a life was lost in that very step and that counts)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import mmap
+import os
+import re
+import signal
+import subprocess
+import sys
+import weakref
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from typing import Literal
+
+import numpy as np
+
+from urlfast.envs import Episodes, FrameStack, Step, VectorEnv, stream_seeds
+from urlfast.envs.atari_worker import shared_arrays
+
+
+@dataclasses.dataclass(frozen=True)
+class AtariConfig:
+    """The protocol of Atari-100k (APT, DrQ, SimPLe). DreamerV2's is sticky 0.25, no life_loss_terminal, frame_size 64."""
+
+    game: str = "ms_pacman"  # any ROM of ale-py in any usual spelling: MsPacman, ms-pacman, ALE/MsPacman-v5
+    num_envs: int = 8  # environments that step together
+    sticky: float = 0.0  # probability that a frame repeats the action before it (ALE's repeat_action_probability)
+    life_loss_terminal: bool = True  # a lost life counts as terminal for learning (the game goes on); never in evaluation
+    full_action_set: bool = False  # all 18 actions instead of those the game knows
+    noop_max: int = 30  # an episode opens with 0..noop_max-1 frames without action
+    frame_skip: int = 4  # frames that repeat an action; the newest frame is the maximum of the last two
+    max_frames: int = 108_000  # time limit of an episode, in frames after the no-ops: 30 minutes
+    frame_size: int = 84  # side of the grey image
+    frame_stack: int = 4  # frames an agent sees at once, black before the episode's first
+    backend: Literal["vector", "processes"] = "vector"  # native threads | processes: slower; RAM, screens and cloned states
+    workers: int = 0  # threads or processes; 0: one per processor, never more than environments
+
+    def __post_init__(self):
+        for name, least in dict(num_envs=1, noop_max=0, frame_skip=1, max_frames=1, frame_size=1, frame_stack=1, workers=0).items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: must be at least {least}, got {getattr(self, name)}")
+        if not 0 <= self.sticky <= 1:
+            raise ValueError(f"sticky: must lie in 0..1, got {self.sticky}")
+        if self.max_frames % self.frame_skip:
+            raise ValueError(f"max_frames: must be a multiple of frame_skip ({self.frame_skip}), got {self.max_frames}")
+        if self.frame_size > 160:
+            raise ValueError(f"frame_size: must be at most 160, the screen's width, got {self.frame_size}")
+        if self.backend not in _BACKENDS:
+            raise ValueError(f"backend: must be one of {', '.join(_BACKENDS)}, got {self.backend!r}")
+
+
+def make_atari(
+    config: AtariConfig, *, num_envs: int | None = None, evaluation: bool = False, seed: int = 0
+) -> AtariVector | AtariProcesses:
+    """The environments of `config`.
+
+    num_envs: instead of the config's.
+    evaluation: whatever the config says, a lost life never counts as terminal, and the backend is "processes", which gives the RAM.
+    seed: of the first reset. Each environment draws from its own stream, made from the seed and its index.
+    Raises ValueError (unknown game: lists the nearest names; a bad number), FileNotFoundError (ROM missing).
+    """
+    if num_envs is not None:
+        config = dataclasses.replace(config, num_envs=num_envs)
+    if evaluation:
+        config = dataclasses.replace(config, life_loss_terminal=False, backend="processes")
+    if seed < 0:
+        raise ValueError(f"seed: must be 0 or more, got {seed}")
+    return _BACKENDS[config.backend](config, seed)
+
+
+# Names ---------------------------------------------------------------------------------------------------------------------------
+
+
+def games() -> list[str]:
+    """ale-py's ids of all games that it ships and that one player can play, sorted."""
+    from ale_py import roms
+
+    return sorted(set(roms.get_all_rom_ids()) - _SEVERAL_PLAYERS)
+
+
+_SEVERAL_PLAYERS = {"combat", "joust", "maze_craze", "warlords"}  # shipped for PettingZoo
+
+
+def rom_id(game: str) -> str:
+    """ale-py's id of a game, from any usual spelling of its name.
+
+    "MsPacman", "ms-pacman", "Ms. Pacman", "ALE/MsPacman-v5" and "MsPacmanNoFrameskip-v4" are all "ms_pacman".
+    Raises ValueError, with the nearest names, where there is no such game.
+    """
+    from ale_py import roms
+
+    bare = re.sub(r"^ALE/|(-ram)?(NoFrameskip|Deterministic)?(-v\d+)?$", "", game.strip())
+    ids = {_letters(name): name for name in roms.get_all_rom_ids()}
+    ids["montezumasrevenge"] = "montezuma_revenge"  # its name on the box
+    if _letters(bare) not in ids:
+        near = difflib.get_close_matches(_letters(bare), ids, n=5, cutoff=0.5)
+        hint = f"the nearest are {', '.join(ids[name] for name in near)}" if near else f"the games are {', '.join(games())}"
+        raise ValueError(f"game: no game is called {game!r}; {hint}")
+    return ids[_letters(bare)]
+
+
+def _letters(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def _rom_path(game: str) -> str:
+    import ale_py
+    from ale_py import ALEInterface, roms
+
+    name = rom_id(game)
+    try:
+        path = str(roms.get_rom_path(name))
+    except FileNotFoundError as error:
+        where = "the folder that ALE_ROMS_DIR names" if os.environ.get("ALE_ROMS_DIR") else "ale-py, which ships it (reinstall ale-py)"
+        raise FileNotFoundError(f"game: the ROM of {name!r} is missing from {where}: {error.filename}") from error
+    if ALEInterface.isSupportedROM(path) is None:  # the emulator would end the whole process
+        raise ValueError(f"game: ale-py {ale_py.__version__} cannot run its ROM of {name!r} for one player")
+    return path
+
+
+# What both backends share --------------------------------------------------------------------------------------------------------
+
+
+class _Atari(VectorEnv):
+    def __init__(self, config: AtariConfig, seed: int):
+        self.config = config
+        self.num_envs = config.num_envs
+        self.frame_stack = config.frame_stack
+        self.action_repeat = config.frame_skip
+        self.frame_shape = (1, config.frame_size, config.frame_size)
+        self.observation_shape = (config.frame_stack, config.frame_size, config.frame_size)
+        self._seed = seed
+        self._episodes = Episodes(config.num_envs)
+        self._lives = np.zeros(config.num_envs, np.int64)
+
+    def _first(self, observation, lives, **more) -> Step:
+        self._lives = lives
+        return self._episodes.reset(observation, **more)
+
+    def _next(self, observation, reward, over, lives, **more) -> Step:
+        """`over`: the game has ended. A life that goes with the game is no lost life: some games show 0 lives for a while and go on."""
+        lost = (lives < self._lives) & (lives > 0)
+        self._lives = lives
+        terminated = over | lost if self.config.life_loss_terminal else over
+        return self._episodes.step(observation, reward, terminated, over | self._at_limit(), **more)
+
+    def _at_limit(self) -> np.ndarray:
+        """Whether the action now under way is the last that the time limit allows."""
+        return self._episodes.length + 1 >= self.config.max_frames // self.config.frame_skip
+
+    def _workers(self) -> int:
+        return min(self.config.workers or len(os.sched_getaffinity(0)), self.num_envs)
+
+
+# ale-py's vector environment -----------------------------------------------------------------------------------------------------
+
+
+class AtariVector(_Atari):
+    """AtariVectorEnv, which steps in native threads between `send` and `recv`.
+
+    Two of its habits are worked around. It leaves the newest screen out where an episode ends, so that the last frame shows older ones.
+    The last observation of a time limit is bootstrapped from, so the limit is kept here and the environment told to reset. (At game over
+    nothing is bootstrapped, and the newest frame stays up to a step old.) And it does not call the time limit truncated if a life was lost
+    in that step.
+    """
+
+    def __init__(self, config: AtariConfig, seed: int = 0):
+        super().__init__(config, seed)
+        _rom_path(config.game)  # its errors say more
+        from ale_py.vector_env import AtariVectorEnv
+
+        self._env = AtariVectorEnv(
+            rom_id(config.game),
+            config.num_envs,
+            num_threads=self._workers(),
+            max_num_frames_per_episode=2**30,
+            repeat_action_probability=config.sticky,
+            full_action_space=config.full_action_set,
+            img_height=config.frame_size,
+            img_width=config.frame_size,
+            stack_num=config.frame_stack,
+            frameskip=config.frame_skip,
+            noop_max=config.noop_max,
+            episodic_life=False,
+            life_loss_info=False,
+            reward_clipping=False,
+            use_fire_reset=False,
+        )
+        self.num_actions = int(self._env.single_action_space.n)
+        self._cut = np.zeros(config.num_envs, bool)  # the time limit closed the episode, so the emulator goes on unless told to reset
+
+    def _reset(self, seed):
+        observation, info = self._env.reset(seed=None if seed is None else stream_seeds(seed, self.num_envs))
+        self._cut[:] = False
+        return self._first(observation, info["lives"])
+
+    def _send(self, actions):
+        self._env.send(actions)
+
+    def _recv(self):
+        observation, reward, over, _, info = self._env.recv()
+        if self._cut.any():
+            observation, info = self._env.reset(options={"reset_mask": self._cut})
+        step = self._next(observation, reward, over, info["lives"])
+        self._cut = step.is_last & ~over
+        return step
+
+    def _close(self):
+        del self._env
+
+
+# ALEInterface in processes -------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class AtariState:
+    """One environment as it was: the emulator with its random numbers, and the row of the Step that it showed. Picklable."""
+
+    config: AtariConfig
+    emulator: bytes
+    stack: np.ndarray
+    lives: int
+    row: dict[str, np.ndarray]
+
+
+class AtariProcesses(_Atari):
+    """ALEInterface in `workers` processes, each with its share of the environments; they exchange arrays by shared memory.
+
+    Beside what the vector backend shows, each Step has `ram`, and `frame_reward` with the score change of each of its frames. The processes
+    import neither torch nor the caller's main module. They end with `close`, with this object, and with the process that made it, even
+    by `kill -9`. Ctrl-C does not reach them. A worker that dies or fails is a RuntimeError that says which, and closes the environment.
+    """
+
+    def __init__(self, config: AtariConfig, seed: int = 0):
+        super().__init__(config, seed)
+        emulator = dict(rom=_rom_path(config.game), full_action_set=config.full_action_set)
+        emulator |= {name: getattr(config, name) for name in ("frame_skip", "frame_size", "noop_max", "sticky")}
+        _, size = shared_arrays(None, self.num_envs, config.frame_size, config.frame_skip)
+        memory_fd = os.memfd_create("urlfast-atari")
+        os.ftruncate(memory_fd, size)
+        self._shared, _ = shared_arrays(mmap.mmap(memory_fd, size), self.num_envs, config.frame_size, config.frame_skip)
+        self._pool = []
+        self._stop = weakref.finalize(self, _stop_workers, self._pool, os.getpid())
+        try:
+            for share in np.array_split(np.arange(self.num_envs), self._workers()):
+                self._pool.append(_start_worker(range(share[0], share[-1] + 1), memory_fd))
+                self._ask(self._pool[-1], ("make", int(share[0]), len(share), self.num_envs, emulator))
+        finally:
+            os.close(memory_fd)
+        self.num_actions, *_ = [self._answer(worker) for worker in self._pool]
+        self._stack = FrameStack(self.num_envs, self.frame_stack, self.frame_shape, np.uint8)
+
+    def clone_state(self, i: int) -> AtariState:
+        """Environment `i` as it is after `reset` or `recv`, for `restore_state` here or in another object of the same config."""
+        worker = self._idle_worker_of(i)
+        self._ask(worker, ("clone", i))
+        row = {name: column[i].copy() for name, column in vars(self._step).items()}
+        return AtariState(self.config, self._answer(worker), self._stack.stack[i].copy(), int(self._lives[i]), row)
+
+    def restore_state(self, i: int, state: AtariState) -> Step:
+        """Put environment `i` back to `state`; it goes on from there as it did then, random numbers included.
+
+        Returns the current Step with row i as it was. `render` shows the restored screen after the next step only.
+        Raises ValueError where the state is another game's, or was played with other settings.
+        """
+        worker = self._idle_worker_of(i)
+        mine, other = (dataclasses.replace(c, num_envs=1, workers=0, game=rom_id(c.game)) for c in (self.config, state.config))
+        if mine != other:
+            raise ValueError(f"state: must come from {mine}, got one from {other}")
+        self._ask(worker, ("restore", i, state.emulator))
+        self._answer(worker)
+        self._stack.stack[i] = state.stack
+        self._lives[i] = state.lives
+        self._step = dataclasses.replace(self._step, **{name: column.copy() for name, column in vars(self._step).items()})
+        for name, value in state.row.items():
+            getattr(self._step, name)[i] = value
+        for name in ("is_last", "score", "length"):
+            getattr(self._episodes, name)[i] = state.row[name]
+        return self._step
+
+    def render(self, i: int = 0) -> np.ndarray:
+        """The screen of environment `i` in colour: uint8 [210, 160, 3] (a few games have up to 250 lines)."""
+        worker = self._idle_worker_of(i)
+        self._ask(worker, ("screen", i))
+        return self._answer(worker)
+
+    def _reset(self, seed):
+        seeds = None if seed is None else stream_seeds(seed, self.num_envs)
+        self._all(("reset", seeds))
+        self._step = self._first(self._stack.push(self._shared["frame"], np.ones(self.num_envs, bool)), **self._shown())
+        return self._step
+
+    def _send(self, actions):
+        self._shared["action"][:] = actions
+        self._shared["reset"][:] = self._episodes.is_last
+        for worker in self._pool:
+            self._ask(worker, ("step",))
+
+    def _recv(self):
+        for worker in self._pool:
+            self._answer(worker)
+        observation = self._stack.push(self._shared["frame"], self._episodes.is_last)
+        reward = self._shared["frame_reward"].sum(1, dtype=np.float64)
+        self._step = self._next(observation, reward, self._shared["over"].copy(), **self._shown())
+        return self._step
+
+    def _shown(self):
+        return {name: self._shared[name].copy() for name in ("lives", "ram", "frame_reward")}
+
+    def _all(self, request):
+        for worker in self._pool:
+            self._ask(worker, request)
+        for worker in self._pool:
+            self._answer(worker)
+
+    def _idle_worker_of(self, i: int) -> _Process:
+        if self._state != "ready":
+            raise RuntimeError("clone_state, restore_state, render: only after reset or recv")
+        if not 0 <= i < self.num_envs:
+            raise ValueError(f"i: must lie in 0..{self.num_envs - 1}, got {i}")
+        return next(worker for worker in self._pool if i in worker.environments)
+
+    def _ask(self, worker: _Process, request) -> None:
+        try:
+            worker.pipe.send(request)
+        except ConnectionError:
+            self._fail(worker)
+
+    def _answer(self, worker: _Process):
+        try:
+            good, answer = worker.pipe.recv()
+        except (EOFError, ConnectionError):
+            self._fail(worker)
+        if not good:
+            self._fail(worker, answer)
+        return answer
+
+    def _fail(self, worker: _Process, report: str | None = None):
+        code = None if report else worker.process.wait(timeout=10)
+        self.close()
+        who = f"the Atari process of environments {worker.environments.start}..{worker.environments.stop - 1}"
+        if report:
+            raise RuntimeError(f"{who} failed:\n{report}")
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
+        raise RuntimeError(f"{who} {how}")
+
+    def _close(self):
+        self._stop()
+
+
+@dataclasses.dataclass
+class _Process:
+    process: subprocess.Popen
+    pipe: Connection
+    environments: range
+
+
+def _start_worker(environments: range, memory_fd: int) -> _Process:
+    """A fresh interpreter, not multiprocessing's spawn, which would import the caller's main module (and so torch) into each."""
+    ours, theirs = Pipe()
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
+        "OPENBLAS_NUM_THREADS": "1",  # the processes are the parallelism
+    }
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", "urlfast.envs.atari_worker", str(theirs.fileno()), str(memory_fd)],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        pass_fds=(theirs.fileno(), memory_fd),
+        process_group=0,  # a Ctrl-C in the terminal is the parent's to handle
+    )
+    theirs.close()
+    return _Process(process, ours, environments)
+
+
+def _stop_workers(pool: list[_Process], owner: int) -> None:
+    if os.getpid() != owner:  # a fork's copy of the object does not own the processes
+        return
+    for worker in pool:
+        with contextlib.suppress(OSError):  # it has died before
+            worker.pipe.send(("close",))
+        worker.pipe.close()
+    for worker in pool:
+        try:
+            worker.process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            worker.process.kill()
+            worker.process.wait()
+
+
+_BACKENDS = {"vector": AtariVector, "processes": AtariProcesses}

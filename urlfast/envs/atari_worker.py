@@ -1,0 +1,185 @@
+"""The process behind Atari's backend "processes": `python -m urlfast.envs.atari_worker`, started by urlfast.envs.atari alone.
+
+It holds a few games, talks by a pipe and shares arrays with its parent. It ends when told to, or when the parent died and broke the pipe.
+"""
+
+from __future__ import annotations
+
+import mmap
+import pickle
+import sys
+import traceback
+from multiprocessing.connection import Connection
+
+import numpy as np
+
+
+def shared_arrays(memory, num_envs: int, frame_size: int, frame_skip: int) -> tuple[dict[str, np.ndarray], int]:
+    """What parent and workers share, as views of `memory` (None: only count), and its bytes. Every worker touches its own rows only."""
+    columns = dict(
+        action=((num_envs,), np.int64),
+        reset=((num_envs,), np.bool_),  # to the worker: the row before was a last one
+        frame=((num_envs, 1, frame_size, frame_size), np.uint8),
+        frame_reward=((num_envs, frame_skip), np.float32),
+        over=((num_envs,), np.bool_),
+        lives=((num_envs,), np.int64),
+        ram=((num_envs, 128), np.uint8),
+    )
+    arrays, offset = {}, 0
+    for name, (shape, dtype) in columns.items():
+        if memory is not None:
+            arrays[name] = np.frombuffer(memory, dtype, int(np.prod(shape)), offset).reshape(shape)
+        offset += -(-int(np.prod(shape)) * np.dtype(dtype).itemsize // 64) * 64  # no two columns in one cache line
+    return arrays, offset
+
+
+def area_weights(size: int, source: int) -> np.ndarray:
+    """How much of each of `source` pixels lies in each of `size`: float32 [size, source], whole numbers; rows sum to `source`."""
+    edge = np.arange(size + 1) * source  # measured in pixels / size, so that every edge is a whole number
+    pixel = np.arange(source + 1) * size
+    overlap = np.minimum(edge[1:, None], pixel[None, 1:]) - np.maximum(edge[:-1, None], pixel[None, :-1])
+    return np.maximum(overlap, 0).astype(np.float32)
+
+
+class AreaResize:
+    """Shrinks a grey image to [size, size] by the mean over areas, as OpenCV's INTER_AREA does, but exactly (OpenCV adds in float32)."""
+
+    def __init__(self, size: int, height: int, width: int):
+        self.rows, self.columns = area_weights(size, height), area_weights(size, width).T.copy()
+        self.area = np.float32(height * width)
+
+    def __call__(self, image: np.ndarray) -> np.ndarray:
+        # Every partial sum is a whole number below 255 * 250 * 160 < 2^24, so float32 holds it whatever the order.
+        total = self.rows @ image.astype(np.float32) @ self.columns
+        return np.rint(total / self.area).astype(np.uint8)
+
+
+class NoOps:
+    """How many no-op frames ale-py's vector environment draws for each reset: std::mt19937 and libstdc++'s uniform_int_distribution."""
+
+    def __init__(self, noop_max: int, seed: int):
+        self.span = max(noop_max, 1)
+        self.bits = np.random.RandomState(seed)  # seeds as std::mt19937 does; a Generator does not
+
+    def __call__(self) -> int:
+        while True:
+            product = int(self.bits.randint(0, 2**32, dtype=np.uint32)) * self.span
+            if product % 2**32 >= 2**32 % self.span:  # Lemire's rejection
+                return product // 2**32
+
+
+class Emulator:
+    """One game over ALEInterface, preprocessed as ale-py's vector environment does it: the same order, the same random numbers."""
+
+    def __init__(self, rom: str, frame_skip: int, frame_size: int, noop_max: int, sticky: float, full_action_set: bool):
+        from ale_py import ALEInterface, LoggerMode
+
+        ALEInterface.setLoggerMode(LoggerMode.Error)
+        self.rom, self.frame_skip, self.noop_max = rom, frame_skip, noop_max
+        self.ale = ALEInterface()
+        self.ale.setFloat("repeat_action_probability", sticky)
+        self.ale.loadROM(rom)
+        self.actions = self.ale.getLegalActionSet() if full_action_set else self.ale.getMinimalActionSet()
+        self.screens = np.zeros((2, *self.ale.getScreenDims()), np.uint8)  # newest, and the one before it
+        self.resize = AreaResize(frame_size, *self.screens.shape[1:])
+        self.over = False
+
+    def reset(self, seed: int | None) -> None:
+        if seed is not None:
+            self.noops = NoOps(self.noop_max, seed)
+            self.ale.setInt("random_seed", seed)
+            self.ale.loadROM(self.rom)  # takes the seed up
+        self.ale.reset_game()
+        for _ in range(self.noops()):
+            self.ale.act(0)
+            if self.ale.game_over():
+                self.ale.reset_game()
+        self.over = False
+        self.screens[1] = 0
+        self.ale.getScreenGrayscale(self.screens[0])
+
+    def step(self, action: int) -> list[int]:
+        """Repeat the action, and return the score change of every frame that was played."""
+        rewards = []
+        for left in reversed(range(self.frame_skip)):
+            rewards.append(self.ale.act(self.actions[action]))
+            self.over = self.ale.game_over()
+            if self.over:  # this screen is left out, as in the vector environment
+                break
+            if left < 2:
+                self.ale.getScreenGrayscale(self.screens[left])
+        np.maximum(self.screens[0], self.screens[1], out=self.screens[0])
+        return rewards
+
+    def clone(self) -> bytes:
+        state = self.ale.cloneState(include_rng=True)
+        return pickle.dumps((state, self.screens, self.noops, self.over))
+
+    def restore(self, state: bytes) -> None:
+        ale, screens, self.noops, self.over = pickle.loads(state)
+        self.ale.restoreState(ale)
+        self.screens[:] = screens
+
+
+class Worker:
+    """`count` environments of the parent, from number `first` on; one method for each thing that it can ask."""
+
+    def __init__(self, memory_fd: int):
+        self.memory = mmap.mmap(memory_fd, 0)
+
+    def make(self, first: int, count: int, num_envs: int, emulator: dict) -> int:
+        """The number of actions."""
+        self.shared, _ = shared_arrays(self.memory, num_envs, emulator["frame_size"], emulator["frame_skip"])
+        self.games = {first + i: Emulator(**emulator) for i in range(count)}
+        return len(self.games[first].actions)
+
+    def reset(self, seeds):
+        for i, game in self.games.items():
+            game.reset(None if seeds is None else int(seeds[i]))
+            self._show(i, [])
+
+    def step(self):
+        for i, game in self.games.items():
+            reset = self.shared["reset"][i]
+            # After a time limit the vector environment plays a step more before it can be told to reset; so do we: sticky actions draw.
+            rewards = [] if reset and game.over else game.step(self.shared["action"][i])
+            if reset:
+                game.reset(None)
+            self._show(i, [] if reset else rewards)
+
+    def clone(self, i):
+        return self.games[i].clone()
+
+    def restore(self, i, state):
+        self.games[i].restore(state)
+
+    def screen(self, i):
+        return self.games[i].ale.getScreenRGB()
+
+    def _show(self, i, rewards):
+        game = self.games[i]
+        self.shared["frame"][i, 0] = game.resize(game.screens[0])
+        self.shared["frame_reward"][i] = 0
+        self.shared["frame_reward"][i, : len(rewards)] = rewards
+        self.shared["over"][i] = game.over
+        self.shared["lives"][i] = game.ale.lives()
+        game.ale.getRAM(self.shared["ram"][i])
+
+
+def main(pipe: Connection, memory_fd: int) -> None:
+    """Answer each (method, *arguments) with (True, result) or (False, traceback), until told to close."""
+    worker = Worker(memory_fd)
+    try:
+        while (request := pipe.recv())[0] != "close":
+            method, *arguments = request
+            try:
+                answer = (True, getattr(worker, method)(*arguments))
+            except Exception:
+                answer = (False, traceback.format_exc())
+            pipe.send(answer)
+    except (EOFError, ConnectionError):  # the parent is gone
+        return
+
+
+if __name__ == "__main__":
+    main(Connection(int(sys.argv[1])), int(sys.argv[2]))

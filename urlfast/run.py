@@ -1,0 +1,368 @@
+"""A run's folder: what a run writes, who may write there, and what a person sees meanwhile.
+
+runs/apt-atari-ms_pacman-s1-20260131-140503/
+    config.json             the command, every option, the versions
+    metrics.jsonl events.*  one line, and TensorBoard's points, every `log_every` steps
+    checkpoints/ replay/    see checkpoint.py
+    results.json videos/    what `urlfast evaluate` measured and saw
+    report.html             what `urlfast report` made of it
+    .lock                   held while a command writes here
+"""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import fcntl
+import json
+import math
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from urlfast import __version__
+
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class UserError(Exception):
+    """Foreseen: a command prints it as one line. Anything else is a bug and shows its traceback."""
+
+
+class UsageError(UserError):
+    """The command line cannot be understood."""
+
+
+def command(name: str, main: Callable[[list[str]], int | None], argv: Sequence[str] | None) -> None:
+    """Runs `urlfast <name>`: a foreseen error is one line and exit status 1 (2 for the command line), and a bug shows its traceback."""
+    try:
+        status = main(list(sys.argv[1:] if argv is None else argv))
+    except UserError as error:
+        print(f"urlfast {name}: {error}", file=sys.stderr)
+        status = 2 if isinstance(error, UsageError) else 1
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        status = 1
+    except OSError as error:
+        if error.errno not in FULL_DISK:
+            raise
+        print(f"urlfast {name}: {error.strerror}: {error.filename or 'while writing'}", file=sys.stderr)
+        status = 1
+    except KeyboardInterrupt:  # where no checkpoint is due
+        status = 130
+    sys.exit(status)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """How an error about an unknown name goes on: the likely one, then all."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return (f"did you mean {close[0]!r}? " if close else "") + f"(known: {', '.join(known)})"
+
+
+# Files ---------------------------------------------------------------------------------------------------------------
+
+
+def write_json(path: Path, value) -> None:
+    """Writes `path` whole or not at all: a temporary name, synced, renamed."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "w") as file:
+            json.dump(value, file, indent=1)
+            file.write("\n")
+            sync(file)
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sync(file) -> None:
+    """What was written to `file` survives a power cut."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Names created in or renamed within `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def human_bytes(count: float) -> str:
+    """1536 -> '1.5 kB'; powers of 1000, as disks are sold."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+def human_time(seconds: float) -> str:
+    """95 -> '1 min 35 s'; two units at most."""
+    seconds = round(seconds)
+    for unit, size, below, part in (("d", 86400, "h", 3600), ("h", 3600, "min", 60), ("min", 60, "s", 1)):
+        if seconds >= size:
+            rest = seconds % size // part
+            return f"{seconds // size} {unit}" + (f" {rest} {below}" if rest else "")
+    return f"{seconds} s"
+
+
+# Configs -------------------------------------------------------------------------------------------------------------
+
+
+def from_dict(default, values: dict):
+    """`default`, a dataclass, with its fields replaced by those of `asdict` read back from JSON."""
+    names = {field.name for field in fields(default)}
+    for name in values:
+        if name not in names:
+            raise UserError(f"config.json: unknown option {name!r} of {type(default).__name__}, {nearest(name, names)}")
+    return replace(default, **{name: _like(getattr(default, name), value) for name, value in values.items()})
+
+
+def _like(default, value):
+    if is_dataclass(default):
+        return from_dict(default, value)
+    return tuple(_like(None, entry) for entry in value) if isinstance(value, list) else value
+
+
+def flat(config, prefix: str = "") -> dict:
+    """{option: value} of a dataclass, nested fields as `env.game`; `method` is flattened, as it is on the command line."""
+    options = {}
+    for field in fields(config):
+        value = getattr(config, field.name)
+        name = prefix + field.name.replace("_", "-")
+        if is_dataclass(value):
+            options |= flat(value, prefix if field.name == "method" else f"{name}.")
+        else:
+            options[name] = value
+    return options
+
+
+def versions() -> dict[str, str]:
+    """Of urlfast and of what decides its results; only those installed."""
+    found = {"urlfast": __version__, "python": ".".join(map(str, sys.version_info[:3]))}
+    for package in ("torch", "numpy", "gymnasium", "ale-py", "dm-control", "mujoco"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+# The folder ----------------------------------------------------------------------------------------------------------
+
+
+class Run:
+    """One run's folder. Reading needs nothing; a command that writes does so `with run.locked():`."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.name = self.folder.name
+
+    @staticmethod
+    def create(runs: str | Path, label: str, config: dict) -> Run:
+        """Makes `runs/<label>-<time>`; `config` holds whatever a resume or a reader needs, as JSON."""
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        for count in range(1, 1000):
+            folder = Path(runs) / (f"{label}-{stamp}" if count == 1 else f"{label}-{stamp}-{count}")
+            try:
+                folder.mkdir(parents=True)
+                break
+            except FileExistsError:  # two runs in one second
+                continue
+        for name in ("checkpoints", "replay", "videos"):
+            (folder / name).mkdir()
+        write_json(folder / "config.json", {**config, "versions": versions(), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
+        return Run(folder)
+
+    @staticmethod
+    def find(name: str | Path, runs: str | Path = "runs") -> Run:
+        """The run at a path, or of that name under `runs`."""
+        for folder in (Path(name), Path(runs) / name):
+            if (folder / "config.json").is_file():
+                return Run(folder.resolve() if folder.name in ("", ".", "..") else folder)
+        known = sorted(folder.parent.name for folder in Path(runs).glob("*/config.json"))
+        reason = nearest(str(name), known) if known else f"(no run under {Path(runs).resolve()})"
+        raise UserError(f"no run {str(name)!r}: neither a run's folder nor a name under {runs}/, {reason}")
+
+    @property
+    def config(self) -> dict:
+        try:
+            return json.loads((self.folder / "config.json").read_text())
+        except ValueError as error:
+            raise UserError(f"{self.folder}/config.json is damaged ({error})") from None
+
+    @contextmanager
+    def locked(self):
+        """Holds the run. A run in use is refused; one whose process was killed is free, since the kernel drops its lock."""
+        descriptor = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = os.pread(descriptor, 64, 0).decode().strip() or "unknown"
+                raise UserError(f"{self.folder} is in use by process {holder}") from None
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+            _held.add(descriptor)
+            yield self
+        finally:
+            _held.discard(descriptor)
+            os.close(descriptor)
+
+
+_held: set[int] = set()  # descriptors of the locks that this process holds
+
+
+def _drop_locks_in_child():
+    """A forked worker shares its parent's locks, and would keep them after the parent was killed."""
+    for descriptor in _held:
+        os.close(descriptor)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_drop_locks_in_child)
+
+
+# What a run says -----------------------------------------------------------------------------------------------------
+
+
+class Metrics:
+    """metrics.jsonl and TensorBoard's events of a run, from `step` on: what they hold of later steps will be done again, and goes."""
+
+    def __init__(self, folder: Path, step: int):
+        path = folder / "metrics.jsonl"
+        if path.exists():
+            rewritten = folder / ".metrics.jsonl"
+            with open(rewritten, "w") as file:
+                file.writelines(json.dumps(line) + "\n" for line in read_metrics(folder) if line["step"] <= step)
+                sync(file)
+            os.replace(rewritten, path)
+        self._lines = open(path, "a", buffering=1)
+        self._events = Events(folder, step)
+
+    def log(self, line: dict) -> None:
+        """One object a line: numbers, or short lists of numbers."""
+        self._lines.write(json.dumps(line) + "\n")
+        self._events.log(line)
+
+    def sync(self) -> None:
+        """Lines logged so far survive a power cut, so that a checkpoint never knows of more than they do."""
+        sync(self._lines)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._lines.close()
+        self._events.close()
+
+
+class Events:
+    """TensorBoard's file of points, written at once: its own writer has a thread, which a full disk kills with a traceback."""
+
+    def __init__(self, folder: Path, step: int):
+        from tensorboard.compat.proto import event_pb2
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self._proto = event_pb2
+        # Unbuffered, so that nothing is left to fail in close(). Read in the order of the names, whose time therefore comes first.
+        self._file = open(folder / f"events.out.tfevents.{time.time():.6f}.{os.getpid()}", "wb", buffering=0)
+        self._writer = RecordWriter(self._file)
+        self._write(file_version="brain.Event:2")
+        if step:  # readers drop the points from here on that earlier files hold
+            self._write(step=step + 1, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
+
+    def log(self, line: dict) -> None:
+        event = self._proto.Event(wall_time=time.time(), step=line["step"])
+        for name, value in line.items():
+            if isinstance(value, list):
+                for index, number in enumerate(value):
+                    event.summary.value.add(tag=f"{name}/{index}", simple_value=number)
+            elif name != "step":
+                event.summary.value.add(tag=name, simple_value=value)
+        self._writer.write(event.SerializeToString())
+
+    def _write(self, **fields) -> None:
+        self._writer.write(self._proto.Event(wall_time=time.time(), **fields).SerializeToString())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    """The lines of a run's metrics.jsonl; a last line torn by a kill is left out."""
+    lines = []
+    path = Path(folder) / "metrics.jsonl"
+    for text in path.read_text().splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            continue
+    return lines
+
+
+class Progress:
+    """One line: steps, rate, time left, the numbers that matter. Live on a terminal; else printed now and then, with a logged line."""
+
+    SHOWN = ("score", "q_loss", "contrastive_loss", "contrastive_accuracy", "intrinsic_reward", "knn_distance", "epsilon")
+    PRINT_EVERY = 10.0  # seconds
+
+    def __init__(self, total: int, stream=None):
+        self.total = total
+        self._stream = stream or sys.stdout
+        self._live = None
+        self._line: dict = {}
+        self._marks: deque = deque(maxlen=120)  # (time, steps) of the last minute, which the rate is of
+        self._shown_at = -math.inf
+
+    def __enter__(self):
+        if self._stream.isatty():
+            from rich.console import Console
+            from rich.live import Live
+
+            self._live = Live(console=Console(file=self._stream), auto_refresh=False)
+            self._live.start()
+        return self
+
+    def __exit__(self, *_):
+        if self._live:
+            self._live.stop()
+
+    def tick(self, steps: int) -> None:
+        """Where the run is now; cheap enough for every step."""
+        now = time.monotonic()
+        if self._live and now > self._shown_at + 0.5:
+            self._marks.append((now, steps))
+            (began, first), self._shown_at = self._marks[0], now
+            self._show(steps, (steps - first) / (now - began) if steps > first else 0.0)
+
+    def log(self, line: dict) -> None:
+        """A line was logged: these numbers are shown from now on."""
+        self._line |= {name: line[name] for name in self.SHOWN if name in line}
+        now = time.monotonic()
+        if not self._live and (now > self._shown_at + self.PRINT_EVERY or line["step"] >= self.total):
+            self._shown_at = now
+            self._show(line["step"], line["steps_per_second"])
+
+    def _show(self, steps: int, rate: float) -> None:
+        left = f"{human_time((self.total - steps) / rate)} left" if rate > 0 else ""
+        text = f"step {steps:,} of {self.total:,} ({steps / self.total:.1%})  {rate:.3g}/s  {left}"
+        for name, value in self._line.items():
+            text += f"  {name.replace('_', ' ')} {value:.4g}"
+        if self._live:
+            from rich.text import Text
+
+            self._live.update(Text(text, no_wrap=True, overflow="ellipsis"), refresh=True)
+        else:
+            print(text, file=self._stream, flush=True)

@@ -1,0 +1,446 @@
+"""`urlfast train METHOD DOMAIN`: the one loop. Act, step, store, update, log, checkpoint.
+
+To add a method or a domain, import it and give it a line in METHODS or DOMAINS, and its presets in PRESETS.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass, replace
+from shutil import disk_usage
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+import tyro
+
+from urlfast.checkpoint import Checkpoints, read_latest
+from urlfast.envs.atari import AtariConfig, make_atari, rom_id
+from urlfast.methods.apt import APT, APTConfig
+from urlfast.methods.task import Task, TaskConfig
+from urlfast.run import (
+    Metrics,
+    Progress,
+    Run,
+    UsageError,
+    UserError,
+    command,
+    flat,
+    from_dict,
+    human_bytes,
+    human_time,
+    nearest,
+    write_json,
+)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    method: Annotated[Any, tyro.conf.arg(name="")]
+    env: Any
+    steps: int = 2_000_000  # agent steps, over all environments; frames = steps x frame skip
+    seed: int = 1  # of the weights, the exploration, the replay's samples and the environments
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where it is usable
+    log_every: int = 500  # steps between two lines of metrics.jsonl
+    checkpoint_every: int = 5_000  # steps between two checkpoints
+    keep: int = 3  # newest checkpoints that stay
+    runs: str = "runs"  # folder in which the run makes its own
+
+    def __post_init__(self):
+        for name, least in dict(steps=1, seed=0, log_every=1, checkpoint_every=1, keep=1).items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: must be at least {least}, got {getattr(self, name)}")
+
+
+METHODS = {"apt": APT, "drq": Task}
+DOMAINS = {"atari": make_atari}
+PRESETS = {  # the first of a pair is its default
+    ("apt", "atari"): {
+        "paper": TrainConfig(APTConfig(), AtariConfig(), steps=250_000_000),
+        "mini_apt": TrainConfig(APTConfig.mini_apt(), AtariConfig(), steps=100_000_000),
+    },
+    ("drq", "atari"): {"paper": TrainConfig(TaskConfig(), AtariConfig(num_envs=1), steps=100_000)},
+}
+
+
+# The loop ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Counters:
+    """Where a run is. What it owes follows from these, so a resumed run owes the same."""
+
+    steps: int = 0  # actions taken, over all environments
+    updates: int = 0
+    episodes: int = 0  # finished
+    seconds: float = 0.0  # spent here, over all resumes
+
+
+def train(run: Run, config: TrainConfig, method, env, replay, counters: Counters, checkpoints: Checkpoints) -> str | None:
+    """Trains until `config.steps` or a signal, whose name is returned. Either way the last thing it writes is a checkpoint."""
+    began, window = time.monotonic() - counters.seconds, Window(counters)
+    with Stop() as stop, Metrics(run.folder, counters.steps) as metrics, Progress(config.steps) as progress:
+
+        def log():
+            counters.seconds = time.monotonic() - began
+            if counters.steps > window.begin:  # not where an interrupt came while every environment was reset
+                line = window.close(counters, env.action_repeat)
+                metrics.log(line)
+                progress.log(line)
+
+        def save():
+            metrics.sync()
+            if counters.steps != checkpoints.step:
+                checkpoints.save(counters.steps, {**vars(counters), "method": method.state_dict(), "rng": torch.get_rng_state()}, replay)
+
+        def pay():
+            for _ in range(updates_owed(counters, method.config)):
+                window.add(method.update(replay))
+                counters.updates += 1
+
+        if checkpoints.step is None:
+            save()  # before the first step, so that a run can always be resumed
+        # Running episodes begin anew after a resume, from a seed of their own: the run's would repeat its first episodes.
+        step = env.reset(int(np.random.SeedSequence([config.seed, counters.steps]).generate_state(1)[0] >> 1))
+        last = counters.steps >= config.steps
+        while not last:
+            action = method.act(step)
+            env.send(action)
+            pay()  # while the environments step in threads of their own
+            after = env.recv()
+            rows = {
+                "observation": step.observation[:, -env.frame_shape[0] :],
+                "action": action,
+                "reward": clipped(after.reward, method.config.reward_clip),
+                "terminated": after.terminated,
+                "is_first": step.is_first,
+                "is_last": step.is_last,
+            }
+            replay.add(rows)
+            method.observe(rows)
+            before = counters.steps
+            counters.steps += int(np.count_nonzero(~step.is_last))  # nothing leaves a last observation
+            counters.episodes += int(np.count_nonzero(after.is_last))
+            window.add_episodes(after)
+            step = after
+
+            if counters.steps >= config.steps:
+                pay()  # what the last steps owe
+            last = counters.steps >= config.steps or stop.signal is not None
+            save_due = last or counters.steps // config.checkpoint_every > before // config.checkpoint_every
+            if save_due or counters.steps // config.log_every > before // config.log_every:
+                log()  # a checkpoint begins a new line, so that no average runs across it
+            if save_due:
+                save()
+            progress.tick(counters.steps)
+    return stop.signal
+
+
+def updates_owed(counters: Counters, config) -> int:
+    """`updates_per_step` for each step after `learning_start`: a fraction waits until it is whole, and the steps before owe nothing."""
+    return int(config.updates_per_step * max(0, counters.steps - config.learning_start)) - counters.updates
+
+
+def clipped(reward: np.ndarray, limit: float | None) -> np.ndarray:
+    """What is learned from; the score stays as it is."""
+    return reward if limit is None else np.clip(reward, -limit, limit)
+
+
+class Window:
+    """What the next line of metrics.jsonl averages. Sums stay on the device: only the line waits for it."""
+
+    def __init__(self, counters: Counters):
+        self._empty(counters)
+
+    def _empty(self, counters: Counters) -> None:
+        self._sums: dict[str, Any] = {}
+        self._counts: dict[str, int] = {}
+        self._scores: list[float] = []
+        self._lengths: list[int] = []
+        self.begin, self._time = counters.steps, time.monotonic()
+
+    def add(self, metrics: dict) -> None:
+        for name, value in metrics.items():
+            self._sums[name] = self._sums.get(name, 0) + value
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    def add_episodes(self, step) -> None:
+        self._scores += step.score[step.is_last].tolist()
+        self._lengths += step.length[step.is_last].tolist()
+
+    def rate(self, counters: Counters) -> float:
+        return (counters.steps - self.begin) / max(time.monotonic() - self._time, 1e-9)
+
+    def close(self, counters: Counters, action_repeat: int) -> dict:
+        """The line, and a new window."""
+        line = {
+            "step": counters.steps,
+            "frames": counters.steps * action_repeat,
+            "updates": counters.updates,
+            "episodes": counters.episodes,
+            "seconds": round(counters.seconds, 3),
+            "steps_per_second": round(self.rate(counters), 3),
+        }
+        if self._scores:
+            line |= {"score": sum(self._scores) / len(self._scores), "episode_length": sum(self._lengths) / len(self._lengths)}
+        for name, total in self._sums.items():
+            mean = total / self._counts[name]
+            line[name] = mean.tolist() if hasattr(mean, "tolist") else mean
+        self._empty(counters)
+        return line
+
+
+class Stop:
+    """Ctrl-C or SIGTERM, noted for the loop to see between two steps; a second one is not waited for."""
+
+    signal: str | None = None
+
+    def __enter__(self):
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _note(self, number, frame):
+        self.signal = signal.Signals(number).name
+        print(f"\n{self.signal}: saving a checkpoint; once more to leave without it", file=sys.stderr, flush=True)
+        self._restore()
+
+    def _restore(self):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def __exit__(self, *_):
+        self._restore()
+
+
+# What a run is made of -----------------------------------------------------------------------------------------------
+
+
+def chosen_device(name: str) -> torch.device:
+    """Raises UserError for a device that is not there."""
+    usable = torch.cuda.is_available()
+    if name == "cuda" and not usable:
+        raise UserError("--device cuda: torch finds no usable GPU; `urlfast info` says why")
+    return torch.device("cuda" if usable and name != "cpu" else "cpu")
+
+
+def make(method: str, domain: str, config: TrainConfig):
+    """(method, environment) of a config. What their own checks refuse is the user's to mend: UserError."""
+    with refusals():
+        env = DOMAINS[domain](config.env, seed=config.seed)
+        first = env.num_envs * (getattr(config.method, "n_step", 1) + 1)  # steps until every environment has a whole window
+        if config.method.learning_start < first:
+            env.close()
+            raise ValueError(
+                f"learning_start: must be at least {first}, the first windows of n_step steps, got {config.method.learning_start}"
+            )
+        return make_method(method, config, env), env
+
+
+def make_method(method: str, config: TrainConfig, env):
+    device = chosen_device(config.device)
+    return METHODS[method](
+        config.method, env.observation_shape, env.num_actions, device=device, seed=config.seed, frame_stack=env.frame_stack
+    )
+
+
+@contextmanager
+def refusals():
+    """ValueErrors of what is built from the command line name an option's value: one line, not a traceback."""
+    try:
+        yield
+    except (ValueError, MemoryError, FileNotFoundError) as error:
+        raise UserError(str(error)) from error
+
+
+def start(method: str, domain: str, preset: str, config: TrainConfig, *, name: str = "", prepare=lambda agent: None, **noted) -> int:
+    """A new run. `name` begins its folder's; `prepare` is done to its method before anything else; `noted` goes into config.json."""
+    with refusals():
+        config = replace(config, env=replace(config.env, game=rom_id(config.env.game)))
+    agent, env = make(method, domain, config)
+    with closing(env):
+        with refusals():
+            prepare(agent)
+            prepare(trial := make_method(method, config, env))  # thrown away, so that what the run itself uses is as new
+            replay = agent.make_replay(env.num_envs, config.steps)
+        seconds = seconds_per_update(trial, env)
+        saved = {"method": method, "domain": domain, "preset": preset, "config": asdict(config), **noted}
+        run = Run.create(config.runs, f"{name or f'{method}-{domain}'}-{config.env.game}-s{config.seed}", saved)
+        with run.locked():
+            print(cost(run, config, agent, env, replay, seconds), flush=True)
+            stopped = train(run, config, agent, env, replay, Counters(), Checkpoints(run.folder, config.keep))
+    return farewell(run, stopped)
+
+
+def resume(name: str, argv: list[str]) -> int:
+    """Goes on from a run's last checkpoint as if it had been reached just now."""
+    run = Run.find(name)
+    with run.locked():
+        saved = run.config
+        method, domain, config = load(saved)
+        if argv and not argv[0].startswith("-"):
+            if argv[:2] != [method, domain]:
+                raise UsageError(f"{run.folder} is a run of {method} {domain}, not of {' '.join(argv[:2])}")
+            argv = argv[2:]
+        config = replace(config, steps=raised_steps(config, parse(config, argv, f"urlfast train --resume {name}")))
+        write_json(run.folder / "config.json", {**saved, "config": asdict(config)})
+        checkpoint = read_latest(run.folder, replay=True)
+        counters = Counters(**{key: checkpoint.state[key] for key in asdict(Counters())})
+        agent, env = make(method, domain, config)
+        with closing(env):
+            agent.load_state_dict(checkpoint.state["method"])
+            torch.set_rng_state(checkpoint.state["rng"])
+            replay = checkpoint.load_replay()
+            print(
+                f"{run.folder}: on from step {counters.steps:,} of {config.steps:,}, "
+                f"with {counters.updates:,} updates done and {len(replay):,} rows in the replay",
+                flush=True,
+            )
+            checkpoints = Checkpoints(run.folder, config.keep, checkpoint)
+            stopped = train(run, config, agent, env, replay, counters, checkpoints)
+    return farewell(run, stopped)
+
+
+def raised_steps(config: TrainConfig, wanted: TrainConfig) -> int:
+    """A resumed run keeps its options; only `steps` may be raised."""
+    before, after = flat(config), flat(wanted)
+    for option in before:
+        if option != "steps" and before[option] != after[option]:
+            raise UsageError(f"--{option}: the run has {before[option]} and keeps its options; only --steps may be raised")
+    if wanted.steps < config.steps:
+        raise UsageError(f"--steps: may only be raised, from {config.steps:,}; got {wanted.steps:,}")
+    return wanted.steps
+
+
+def load(saved: dict) -> tuple[str, str, TrainConfig]:
+    """(method, domain, config) of a run's config.json."""
+    method, domain = saved.get("method"), saved.get("domain")
+    if (method, domain) not in PRESETS:
+        raise UserError(f"config.json: this urlfast has no {method!r} on {domain!r}")
+    return method, domain, from_dict(next(iter(PRESETS[method, domain].values())), saved["config"])
+
+
+def farewell(run: Run, stopped: str | None) -> int:
+    if stopped:
+        print(f"stopped, and saved. Go on with: urlfast train --resume {run.folder}")
+        return 128 + signal.Signals[stopped]
+    print(f"done. Next: urlfast evaluate {run.folder}, urlfast report {run.folder}")
+    return 0
+
+
+# What it will take ---------------------------------------------------------------------------------------------------
+
+
+def seconds_per_update(agent, env) -> float:
+    """Measured here, on noise; the method has then learned it."""
+    replay = agent.make_replay(1, ROWS := 512)
+    random = np.random.default_rng(0)
+    for row in range(ROWS):
+        frame = random.integers(0, 256, (1, *env.frame_shape), np.uint8)
+        rows = {"observation": frame, "action": np.zeros(1, np.int64), "reward": np.zeros(1, np.float32), "is_first": np.array([row == 0])}
+        replay.add(rows | dict.fromkeys(("terminated", "is_last"), np.zeros(1, bool)))
+    warm_up, timed = (5, 5) if torch.cuda.is_available() else (1, 3)  # a GPU captures the update first
+    for _ in range(warm_up):
+        metrics = agent.update(replay)
+    [value.sum().item() for value in metrics.values()]  # waits for the device
+    began = time.perf_counter()
+    for _ in range(timed):
+        metrics = agent.update(replay)
+    [value.sum().item() for value in metrics.values()]
+    return (time.perf_counter() - began) / timed
+
+
+def cost(run: Run, config: TrainConfig, agent, env, replay, seconds: float) -> str:
+    """What the run will take, said before it begins."""
+    updates = int(agent.config.updates_per_step * max(0, config.steps - agent.config.learning_start))
+    row = int(np.prod(env.frame_shape)) + 15  # the frame, action, reward and three flags
+    rows = min(replay.capacity, config.steps)
+    on_disk = min(rows + config.keep * config.checkpoint_every, config.steps) * row  # older checkpoints keep rows that the ring has lost
+    free = disk_usage(run.folder).free
+    device = chosen_device(config.device)
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    lines = [
+        f"{run.folder}",
+        f"  steps   {config.steps:,}, {config.steps * env.action_repeat:,} frames; {env.num_envs} environments, {where}",
+        f"  memory  {human_bytes(rows * row)} for the replay's {rows:,} rows, as it fills",
+        f"  disk    {human_bytes(on_disk)} for the replay; {human_bytes(free)} free",
+        f"  time    about {human_time(updates * seconds)}: {updates:,} updates of {1000 * seconds:.3g} ms, as measured here",
+    ]
+    if on_disk > free:
+        lines.append("  The disk will not hold this run: see --keep, --replay-capacity and --runs.")
+    if updates * seconds > 7 * 86400:
+        lines.append("  That is the paper's length. A first look: --steps 20_000; Ctrl-C saves, and --resume goes on.")
+    return "\n".join(lines)
+
+
+# The command line ----------------------------------------------------------------------------------------------------
+
+USAGE = """usage: urlfast train METHOD DOMAIN [--preset NAME] [options]
+       urlfast train --resume RUN [--steps N]
+
+{pairs}
+
+`urlfast train METHOD DOMAIN --help` lists every option with its default. RUN is a run's folder, or its name under runs/."""
+
+
+def parse(default: TrainConfig, argv: Sequence[str], prog: str, description: str = "") -> TrainConfig:
+    return tyro.cli(TrainConfig, default=default, args=argv, prog=prog, description=description)
+
+
+def take(argv: list[str], option: str) -> str | None:
+    """Removes `option VALUE` or `option=VALUE` from argv and returns the value."""
+    for index, argument in enumerate(argv):
+        name, equals, value = argument.partition("=")
+        if name == option:
+            if not equals and index + 1 == len(argv):
+                raise UsageError(f"{option}: needs a value")
+            value = value if equals else argv[index + 1]
+            del argv[index : index + (1 if equals else 2)]
+            return value
+    return None
+
+
+def pick(argv: list[str]) -> tuple[str, str, str]:
+    """Takes method, domain and preset off argv; an unknown name is answered with the nearest."""
+    if len(argv) < 1 or argv[0].startswith("-"):
+        raise UsageError("which method, on which domain? " + ", ".join(" ".join(pair) for pair in PRESETS))
+    method = argv.pop(0)
+    if method not in METHODS:
+        raise UsageError(f"unknown method {method!r}, {nearest(method, METHODS)}")
+    domains = [domain for name, domain in PRESETS if name == method]
+    if not argv or argv[0].startswith("-"):
+        raise UsageError(f"{method} on which domain? (known: {', '.join(domains)})")
+    domain = argv.pop(0)
+    if domain not in domains:
+        raise UsageError(f"unknown domain {domain!r} for {method}, {nearest(domain, domains)}")
+    presets = PRESETS[method, domain]
+    preset = take(argv, "--preset") or next(iter(presets))
+    if preset not in presets:
+        raise UsageError(f"--preset: unknown {preset!r}, {nearest(preset, presets)}")
+    return method, domain, preset
+
+
+def run_train(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        pairs = [f"  {method:8}{domain:8} --preset {' | '.join(presets)}" for (method, domain), presets in PRESETS.items()]
+        print(USAGE.format(pairs="\n".join(pairs)))
+        return 0
+    if run := take(argv, "--resume"):
+        return resume(run, argv)
+    method, domain, preset = pick(argv)
+    default = PRESETS[method, domain][preset]
+    others = ", ".join(PRESETS[method, domain])
+    description = f"Preset {preset!r} (--preset {others}). The defaults below are its values; --resume RUN goes on with a run."
+    return start(method, domain, preset, parse(default, argv, f"urlfast train {method} {domain}", description))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """`urlfast train`."""
+    command("train", run_train, argv)
+
+
+if __name__ == "__main__":
+    main()
