@@ -45,8 +45,8 @@ static void hand_over(const DeviceArray& array, const py::kwargs& options) {
     if (number != 1) stream = reinterpret_cast<CUstream_st*>(number);
   }
   DeviceOrder& order = *array.order;
-  if (stream == order.writer) return;
   order.written.order(stream);
+  if (stream == order.writer) return;
   // torch's streams live as long as the process, so what it does with the array can be waited for later. Other streams
   // may be gone by then.
   if (torch_on_cuda().is_none() || stream != current_stream(Library::torch, array.view.device.index)) return;

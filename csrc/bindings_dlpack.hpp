@@ -89,20 +89,17 @@ inline py::object torch_on_cuda() {
   return !torch.is_none() && torch.attr("cuda").attr("is_initialized")().cast<bool>() ? torch : py::none();
 }
 
-// The stream that the caller's library would launch on now. 0 is the legacy default stream.
+// The stream that the caller's library would launch on now; for an array of no known library, that of the library that
+// the caller uses besides. 0 is the legacy default stream.
 inline CUstream_st* current_stream(Library library, int device) {
+  if (library == Library::other)
+    library = !torch_on_cuda().is_none() ? Library::torch : !imported("cupy").is_none() ? Library::cupy : library;
   uintptr_t stream = 0;
   if (library == Library::torch)
     stream = imported("torch").attr("cuda").attr("current_stream")(device).attr("cuda_stream").cast<uintptr_t>();
   else if (library == Library::cupy)
     stream = imported("cupy").attr("cuda").attr("get_current_stream")().attr("ptr").cast<uintptr_t>();
   return reinterpret_cast<CUstream_st*>(stream);
-}
-
-// The same where no array says which library the caller uses.
-inline CUstream_st* current_stream(int device) {
-  if (!torch_on_cuda().is_none()) return current_stream(Library::torch, device);
-  return imported("cupy").is_none() ? nullptr : current_stream(Library::cupy, device);
 }
 
 inline std::optional<DType> dtype_from_dlpack(dlpack::DLDataType t) {
@@ -323,18 +320,30 @@ struct DeviceOrder {
 struct DeviceArray {
   View view;
   std::shared_ptr<void> owner;
-  std::shared_ptr<DeviceOrder> order;
+  std::shared_ptr<DeviceOrder> order{};
 };
 
 inline std::shared_ptr<void> cuda_buffer(int device, int64_t bytes) {
   return {cuda_allocate(device, bytes), [device](void* p) { cuda_free(device, p); }};
 }
 
-// An output of the native core: its Python object, and where to write.
+// An output of the native core: where to write, and what the caller gets once it is written.
 struct Output {
-  py::object object;
+  py::object made;
   View view;
+  bool to_jax = false;
+
+  // After the work was done or launched: JAX copies what it finds at an address that does not suit it.
+  py::object result() const { return to_jax ? imported("jax").attr("dlpack").attr("from_dlpack")(made) : made; }
 };
+
+inline View packed_view(void* data, DType dtype, Device device, const std::vector<int64_t>& shape) {
+  View view;
+  view.data = data, view.dtype = dtype, view.device = device, view.rank = int(shape.size());
+  int64_t packed = 1;
+  for (int i = view.rank - 1; i >= 0; --i) view.shape[i] = shape[i], view.strides[i] = packed, packed *= shape[i];
+  return view;
+}
 
 inline Output numpy_output(DType dtype, const std::vector<int64_t>& shape) {
   if (dtype == DType::bf16) throw py::type_error("NumPy has no bfloat16");
@@ -342,55 +351,36 @@ inline Output numpy_output(DType dtype, const std::vector<int64_t>& shape) {
                          : dtype == DType::i64 ? py::dtype::of<int64_t>()
                                                : py::dtype(dtype == DType::boolean ? "?" : dtype_name(dtype));
   py::array array(type, std::vector<py::ssize_t>(shape.begin(), shape.end()));
-  Output out{array, {}};
-  out.view.data = array.mutable_data();
-  out.view.dtype = dtype;
-  out.view.rank = int(shape.size());
-  int64_t packed = 1;
-  for (int i = out.view.rank - 1; i >= 0; --i)
-    out.view.shape[i] = shape[i], out.view.strides[i] = packed, packed *= shape[i];
-  return out;
+  return {array, packed_view(array.mutable_data(), dtype, {}, shape)};
 }
 
 // A fresh array like `input`: same library, same device. torch and CuPy allocate their own (their caching allocators
-// know the current stream); JAX and others take a DLPack view of ours.
+// know the current stream); JAX and others take memory of ours.
 inline Output output_like(const Tensor& input, DType dtype, const std::vector<int64_t>& shape) {
-  const py::tuple size = py::cast(shape);
+  const bool jax = input.library() == Library::jax;
+  const char* name = dtype == DType::boolean ? "bool" : dtype_name(dtype);
   if (input.library() == Library::torch) {
-    const py::object torch = imported("torch"), make = input.object().attr("new_empty");  // the input's device
-    py::object made =
-        input.dtype == dtype
-            ? make(size)
-            : make(size, py::arg("dtype") = torch.attr(dtype == DType::boolean ? "bool" : dtype_name(dtype)));
-    Output out{made, {}};
-    out.view.data = reinterpret_cast<void*>(made.attr("data_ptr")().cast<uintptr_t>());
-    out.view.dtype = dtype, out.view.device = input.device, out.view.rank = int(shape.size());
-    int64_t packed = 1;
-    for (int i = out.view.rank - 1; i >= 0; --i)
-      out.view.shape[i] = shape[i], out.view.strides[i] = packed, packed *= shape[i];
-    return out;
+    const py::tuple size = py::cast(shape);
+    const py::object make = input.object().attr("new_empty");  // on the input's device
+    const py::object made =
+        input.dtype == dtype ? make(size) : make(size, py::arg("dtype") = imported("torch").attr(name));
+    void* data = reinterpret_cast<void*>(made.attr("data_ptr")().cast<uintptr_t>());
+    return {made, packed_view(data, dtype, input.device, shape)};
+  }
+  if (input.library() == Library::cupy) {
+    const py::object made = imported("cupy").attr("empty")(py::tuple(py::cast(shape)), py::str(name));
+    void* data = reinterpret_cast<void*>(made.attr("data").attr("ptr").cast<uintptr_t>());
+    return {made, packed_view(data, dtype, input.device, shape)};
   }
   if (!input.device.cuda) {
     Output out = numpy_output(dtype, shape);
-    // JAX would copy later; from_dlpack shares, and the caller never sees the NumPy array that still could be written
-    if (input.library() == Library::jax) out.object = imported("jax").attr("dlpack").attr("from_dlpack")(out.object);
+    out.to_jax = jax;
     return out;
   }
-  Output out;
-  out.view.dtype = dtype, out.view.device = input.device, out.view.rank = int(shape.size());
-  int64_t packed = 1;
-  for (int i = out.view.rank - 1; i >= 0; --i)
-    out.view.shape[i] = shape[i], out.view.strides[i] = packed, packed *= shape[i];
-  if (input.library() == Library::cupy) {
-    out.object = imported("cupy").attr("empty")(size, py::str(dtype_name(dtype)));
-    out.view.data = reinterpret_cast<void*>(out.object.attr("data").attr("ptr").cast<uintptr_t>());
-    return out;
-  }
-  DeviceArray array{out.view, cuda_buffer(input.device.index, packed * item_size(dtype)), nullptr};
-  array.view.data = out.view.data = array.owner.get();
-  out.object = py::cast(std::move(array));
-  if (input.library() == Library::jax) out.object = imported("jax").attr("dlpack").attr("from_dlpack")(out.object);
-  return out;
+  View view = packed_view(nullptr, dtype, input.device, shape);
+  DeviceArray array{view, cuda_buffer(input.device.index, view.numel() * item_size(dtype)), nullptr};
+  array.view.data = view.data = array.owner.get();
+  return {py::cast(std::move(array)), view, jax};
 }
 
 // "cpu", "cuda", "cuda:1", a torch.device, or an index-less cuda device (0). Checked: a CUDA device is usable when this

@@ -82,7 +82,7 @@ py::object normalized(const RunningNormalizer& self, const Tensor& x, int64_t ro
   if (out.is_none()) {
     const Output fresh = output_like(x, dtype, {x.shape, x.shape + x.rank});
     run(fresh.view.data);
-    return fresh.object;
+    return fresh.result();
   }
   const Tensor to(out, "out");
   to.require_dtype({dtype});

@@ -25,7 +25,7 @@ class CallStream {
   // What was queued on the other streams comes before the call's work.
   CUstream_st* begin() {
     if (!device_.cuda) return nullptr;
-    if (!chosen_) stream_ = current_stream(device_.index), chosen_ = true;
+    if (!chosen_) stream_ = current_stream(Library::other, device_.index), chosen_ = true;
     order(others_, {stream_});
     return stream_;
   }
@@ -64,15 +64,6 @@ int64_t bytes_of(const ReplayOutput& output) {
   int64_t bytes = item_size(output.dtype);
   for (int64_t d : output.shape) bytes *= d;
   return bytes;
-}
-
-View view_of(const ReplayOutput& output, Device device) {
-  View view;
-  view.dtype = output.dtype, view.device = device, view.rank = int(output.shape.size());
-  int64_t packed = 1;
-  for (int i = view.rank - 1; i >= 0; --i)
-    view.shape[i] = output.shape[size_t(i)], view.strides[i] = packed, packed *= view.shape[i];
-  return view;
 }
 
 bool dtype_is(const py::array& array, DType dtype) {  // dtype.name, which Tensor asks for, costs more than a row's copy
@@ -309,8 +300,7 @@ class PyReplay {
       buffers->order = std::make_shared<DeviceOrder>(device.index);
       char* next = static_cast<char*>(memory.get());
       for (const ReplayOutput& o : layout) {
-        View view = view_of(o, device);
-        view.data = next;
+        const View view = packed_view(next, o.dtype, device, o.shape);
         next += (bytes_of(o) + 255) & ~int64_t(255);
         buffers->pointers.push_back(view.data);
         buffers->arrays[py::str(o.name)] = py::cast(DeviceArray{view, memory, buffers->order});
@@ -380,7 +370,7 @@ class PyReplay {
       t.require_writable();
       bool fits = t.rank == int(o.shape.size());
       for (int i = 0; fits && i < t.rank; ++i) fits = t.shape[i] == o.shape[size_t(i)];
-      const View wanted = view_of(o, device);
+      const View wanted = packed_view(nullptr, o.dtype, device, o.shape);
       require(fits, name.c_str(), "must have shape ", wanted.shape_text(), ", got ", t.shape_text());
       buffers->pointers.push_back(t.data);
       buffers->arrays[py::str(o.name)] = object;
@@ -397,8 +387,8 @@ class PyReplay {
     if (device.cuda) return sample_on_device(*replay, *buffers, device);
     // Whatever the caller queued since the last call may be copying from that call's batch: what its memory waits for
     // before it is written again.
-    if (const auto last = last_.lock(); last && last->pinned) {
-      const py::object torch = torch_on_cuda();
+    const auto last = last_.lock();
+    if (const py::object torch = last && last->pinned ? torch_on_cuda() : py::none(); !torch.is_none()) {
       const int index = torch.attr("cuda").attr("current_device")().cast<int>();
       if (!last->copied || last->copied->device() != index) last->copied = std::make_shared<CudaEvent>(index);
       last->copied->record(current_stream(Library::torch, index));

@@ -160,7 +160,7 @@ train.main(["toy", "corridor", "--runs", {str(tmp_path)!r}])
 def small_disk(tmp_path):
     place = tmp_path / "disk"
     place.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=160k", "tmpfs", str(place)], capture_output=True, text=True)
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(place)], capture_output=True, text=True)
     if done.returncode:
         pytest.skip(f"mounting a small disk needs root: {done.stderr.strip()}")
     yield place
@@ -169,7 +169,7 @@ def small_disk(tmp_path):
 
 def test_a_full_disk_is_one_line_and_nothing_written_before_is_lost(small_disk):
     full = subprocess.run(
-        [*toy_run.COMMAND, "toy", "corridor", "--steps", "3000", "--runs", str(small_disk)],
+        [*toy_run.COMMAND, "toy", "corridor", "--steps", "1500", "--runs", str(small_disk)],
         env=toy_run.environment(),
         capture_output=True,
         text=True,
@@ -181,17 +181,17 @@ def test_a_full_disk_is_one_line_and_nothing_written_before_is_lost(small_disk):
     for path in checkpoints(folder):
         read(path, replay=True)
     reached = read_latest(folder, replay=True).step
-    assert 0 < reached < 3000
+    assert 0 < reached < 1500
     subprocess.run(["mount", "-o", "remount,size=16m", str(small_disk)], check=True)
     assert train.run_train(["--resume", str(folder)]) == 0
-    assert read_latest(folder, replay=True).step == 3000
+    assert read_latest(folder, replay=True).step == 1500
     steps = [line["step"] for line in read_metrics(folder)]
-    assert steps == list(range(10, 3001, 10))
+    assert steps == list(range(10, 1501, 10))
 
 
 def test_a_limit_on_file_size_is_one_line_too(tmp_path):
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, 12_000))  # noqa: E731
-    command = [*toy_run.COMMAND, "toy", "corridor", "--steps", "3000", "--runs", str(tmp_path)]
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, 8_000))  # noqa: E731
+    command = [*toy_run.COMMAND, "toy", "corridor", "--steps", "1500", "--runs", str(tmp_path)]
     full = subprocess.run(command, env=toy_run.environment(), capture_output=True, text=True, preexec_fn=limit)
     assert full.returncode == 1
     assert "File too large" in full.stderr and len(full.stderr.splitlines()) == 1, full.stderr

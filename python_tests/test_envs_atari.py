@@ -287,8 +287,9 @@ def test_spellings_of_one_game(name):
 
 
 def test_every_game_is_found_by_its_id_and_by_gymnasiums_name():
-    assert len(games()) >= 108
+    assert len(games()) >= 104
     for game in games():
+        assert ALEInterface.isSupportedROM(roms.get_rom_path(game)) == game
         camel = "".join(part.capitalize() for part in game.split("_"))
         assert rom_id(game) == rom_id(f"ALE/{camel}-v5") == rom_id(f"{camel}NoFrameskip-v4") == game
 
@@ -303,6 +304,13 @@ def test_an_unknown_game_lists_the_nearest_names():
     for name, match in [("mspackman", "nearest are ms_pacman"), ("space invader", "space_invaders"), ("1", "the games are adventure, ")]:
         with pytest.raises(ValueError, match=f"^game: no game is called '{name}'; .*{match}"):
             make_atari(AtariConfig(game=name))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_game_for_two_players_is_an_error_and_not_the_end_of_the_process(backend):
+    assert "warlords" not in games()
+    with pytest.raises(ValueError, match=r"game: ale-py .* cannot run its ROM of 'warlords' for one player"):
+        make_atari(AtariConfig(game="Warlords", backend=backend))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

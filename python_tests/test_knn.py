@@ -1,21 +1,14 @@
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import reference_knn as reference
+import torch
+from conftest import DEVICES, OTHER_ISAS, rerun_under, to_numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import urlfast
 from urlfast import _core
 
-torch = pytest.importorskip("torch")
-
-CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not _core.build_info()["cuda_usable"], reason=_core.build_info()["cuda_reason"]))
-DEVICES = ["cpu", CUDA]
 TOLERANCE = {"float64": 1e-12, "float32": 3e-6, "float16": 3e-6, "bfloat16": 3e-6}
 every_device = pytest.mark.parametrize("device", DEVICES)
 
@@ -37,17 +30,13 @@ def on(device, array, dtype=None):
     return tensor, tensor.double().cpu().numpy()
 
 
-def host(x):
-    return x if isinstance(x, np.ndarray) else x.cpu().numpy()
-
-
 def close(got, want, dtype="float32"):
-    np.testing.assert_allclose(host(got), want, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    np.testing.assert_allclose(to_numpy(got), want, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
 def check_neighbours(got, pool, queries, k, dtype, include_self=True, own=True):
     """Distances as the reference has them; indices distinct and at those distances (rounding may swap near-ties)."""
-    distances, indices = (host(x) for x in got)
+    distances, indices = (to_numpy(x) for x in got)
     want, _ = reference.knn(queries, None if own else pool, k, include_self)
     assert distances.dtype == (np.float64 if dtype == "float64" else np.float32) and indices.dtype == np.int64
     close(distances, want, dtype)
@@ -84,7 +73,7 @@ def test_knn_and_reward_match_the_reference(device, data):
         exponent=data.draw(st.sampled_from([1.0, 2.0, 0.5])),
         c=data.draw(st.sampled_from([1.0, 0.01])),
     )
-    got = host(urlfast.knn_reward(x, k, y, include_self=include_self, **how))
+    got = to_numpy(urlfast.knn_reward(x, k, y, include_self=include_self, **how))
     want = reference.knn_reward(q, k, None if own else pool, include_self=include_self, **how)
     np.testing.assert_allclose(got, want, rtol=2 * TOLERANCE[dtype], atol=2 * TOLERANCE[dtype])
 
@@ -100,8 +89,10 @@ def test_knn_and_reward_match_the_reference(device, data):
         (1, 9000, 32, 10),
         (2, 9000, 31, 10),
         (3, 3000, 17, 500),
-    ]
-    + [(7, 2500, 1100, 5), (300, 2100, 33, 12), (1, 1, 1, 1)],
+        (7, 2500, 1100, 5),
+        (300, 2100, 33, 12),
+        (1, 1, 1, 1),
+    ],
 )
 def test_larger_shapes(device, b, m, d, k):
     """The shapes where blocks, symmetry, streaming and divided keys each take over."""
@@ -120,12 +111,12 @@ def test_ties_go_to_the_lowest_index(device):
         for pool in (None, keys):
             k = min(20, b if pool is None else 20)
             _, index = urlfast.knn(on(device, q)[0], None if pool is None else on(device, pool)[0], k)
-            np.testing.assert_array_equal(host(index), reference.knn(q, pool, k)[1])
+            np.testing.assert_array_equal(to_numpy(index), reference.knn(q, pool, k)[1])
     same = np.ones((500, 40), np.float32)
     distance, index = urlfast.knn(on(device, same)[0], k=500)
-    assert (host(distance) == 0).all() and (host(index) == np.arange(500)).all()
+    assert (to_numpy(distance) == 0).all() and (to_numpy(index) == np.arange(500)).all()
     _, index = urlfast.knn(on(device, same)[0], k=3, include_self=False)
-    assert host(index)[:4].tolist() == [[1, 2, 3], [0, 2, 3], [0, 1, 3], [0, 1, 2]]
+    assert to_numpy(index)[:4].tolist() == [[1, 2, 3], [0, 2, 3], [0, 1, 3], [0, 1, 2]]
 
 
 @every_device
@@ -135,7 +126,7 @@ def test_batches_are_independent_problems(device):
         q, pool = rng.normal(size=(s, b, d)).astype(np.float32), rng.normal(size=(s, m, d)).astype(np.float32)
         x, y = on(device, q)[0], on(device, pool)[0]
         close(urlfast.knn_reward(x, k, y), reference.knn_reward(q, k, pool))
-        distance, index = (host(a) for a in urlfast.knn(x, y, k))
+        distance, index = (to_numpy(a) for a in urlfast.knn(x, y, k))
         for i in range(s):
             np.testing.assert_array_equal(index[i], reference.knn(q[i], pool[i], k)[1])
             close(distance[i], reference.knn(q[i], pool[i], k)[0])
@@ -157,14 +148,14 @@ def test_ragged_memories(device):
         for how in (dict(), dict(reduction="kth", exponent=2.0, c=0.5)):
             got = urlfast.knn_reward(x, 5, y, lengths=lengths, **how)
             close(got, reference.knn_reward(q, 5, pool, lengths, **how))
-            assert (host(got)[0] == np.float32(np.log(how.get("c", 1.0)))).all()
-        distance, index = (host(a) for a in urlfast.knn(x, y, 5, lengths=np.array(lengths)))
+            assert (to_numpy(got)[0] == np.float32(np.log(how.get("c", 1.0)))).all()
+        distance, index = (to_numpy(a) for a in urlfast.knn(x, y, 5, lengths=np.array(lengths)))
         for i, n in enumerate(lengths):
             found = min(5, n)
             assert np.isinf(distance[i, :, found:]).all() and (index[i, :, found:] == -1).all()
             if found:
                 np.testing.assert_array_equal(index[i, :, :found], reference.knn(q[i], pool[i, :n], found)[1])
-    assert host(urlfast.knn_reward(on(device, q)[0], 5, on(device, pool[:, :0])[0], lengths=[0] * 7)).tolist() == [[0.0] * 6] * 7
+    assert to_numpy(urlfast.knn_reward(on(device, q)[0], 5, on(device, pool[:, :0])[0], lengths=[0] * 7)).tolist() == [[0.0] * 6] * 7
 
 
 @pytest.mark.parametrize("scale", [1e-44, 1e-38, 1e-25, 1e18, 1e25, 1e37])
@@ -192,18 +183,62 @@ def test_results_do_not_depend_on_threads():
             assert (distance == results[0][0]).all() and (index == results[0][1]).all()
 
 
-@pytest.mark.skipif(len(_core.build_info()["isa_available"]) < 2, reason="one instruction set only")
-@pytest.mark.parametrize("isa", _core.build_info()["isa_available"])
+@pytest.mark.parametrize("isa", OTHER_ISAS)
 def test_every_instruction_set(isa):
-    """The tests of values again, in a process that is made to use another one."""
-    if os.environ.get("URLFAST_ISA"):
-        pytest.skip("inside such a process already")
-    if isa == _core.build_info()["isa"]:
-        pytest.skip("what this process uses")
-    chosen = "matches or larger or ties or ragged or scales or threads"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(Path(__file__)), "-k", chosen]
-    done = subprocess.run(command, env={**os.environ, "URLFAST_ISA": isa}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    rerun_under(isa, __file__)
+
+
+# Statistic ------------------------------------------------------------------------------------------------------------
+
+
+@every_device
+@pytest.mark.parametrize("mode", ["mean", "std", "var", "ema_abs"])
+@pytest.mark.parametrize("clip", [None, 0.3])
+@pytest.mark.parametrize("reduction", ["mean", "kth"])
+def test_normalizer_sees_the_kept_distances_then_divides_them(device, mode, clip, reduction):
+    """Search, update, divide, subtract and floor, power, reduce, log; beside it the same steps one by one."""
+    rng = np.random.default_rng(8)
+    inside, beside = (urlfast.RunningNormalizer(mode, clip=clip, device=device) for _ in range(2))
+    lengths = [0, 3, 200]
+    for step in range(4):
+        z, memory = rng.normal(size=(3, 10, 6)).astype(np.float32), rng.normal(size=(3, 200, 6)).astype(np.float32)
+        before = inside.state_dict()
+        how = dict(reduction=reduction, exponent=2.0, c=0.5)
+        got = urlfast.knn_reward(
+            on(device, z)[0], 5, on(device, memory)[0], lengths=lengths, normalizer=inside, update_normalizer=step != 2, **how
+        )
+        found = [[reference.knn(q[None], m[:n], 5)[0][0] for q in one] for one, m, n in zip(z, memory, lengths, strict=True)]
+        kept = np.concatenate([d[-1:] if reduction == "kth" else d for one in found for d in one])
+        if step == 2:
+            assert inside.state_dict() == before
+        else:
+            beside.update(on(device, kept)[0])
+        want = [[reference.reward(d, scale=beside.scale, clip=clip, **how) for d in one] for one in found]
+        np.testing.assert_allclose(to_numpy(got), want, rtol=1e-5, atol=1e-5)
+        assert inside.scale == pytest.approx(beside.scale, rel=1e-6)
+
+
+@every_device
+def test_memories_that_are_all_empty_leave_the_statistic_alone(device):
+    normalizer = urlfast.RunningNormalizer("mean", device=device)
+    z, memory = on(device, np.ones((2, 1, 3), np.float32))[0], on(device, np.ones((2, 4, 3), np.float32))[0]
+    got = urlfast.knn_reward(z, 5, memory, lengths=[0, 0], normalizer=normalizer, c=2.0)
+    np.testing.assert_allclose(to_numpy(got), np.log(2.0), rtol=1e-6)
+    assert normalizer.state_dict()["count"] == 0
+
+
+def test_a_refused_batch_leaves_the_statistic_alone():
+    normalizer = urlfast.RunningNormalizer("mean")
+    with pytest.raises(ValueError, match=r"^z: must be finite"):
+        urlfast.knn_reward(np.full((5, 3), np.nan, np.float32), 2, normalizer=normalizer)
+    assert normalizer.state_dict()["count"] == 0
+
+
+def test_the_normalizer_is_checked():
+    with pytest.raises(TypeError, match=r"^normalizer: must be a RunningNormalizer, got float$"):
+        urlfast.knn_reward(Z, 2, normalizer=1.0)
+    with pytest.raises(ValueError, match=r"^normalizer: must have shape \(\), got 3 features$"):
+        urlfast.knn_reward(Z, 2, normalizer=urlfast.RunningNormalizer("mean", shape=(3,)))
 
 
 # Libraries ------------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import sys
 import textwrap
 
 import pytest
+
 import urlfast
 from urlfast import _core
 
@@ -118,7 +119,11 @@ def test_pieces_of_the_core_include_common_alone():
         if "bindings" not in path.name:
             assert not [i for i in included if i.startswith("pybind11") or i == "Python.h"], path
             piece = path.parent.name
-            foreign = [i for i in included if "/" in i and i.split("/")[0] in ("knn", "normalizer", "replay", "latent") and i.split("/")[0] != piece]
+            foreign = [
+                i
+                for i in included
+                if "/" in i and i.split("/")[0] in ("knn", "normalizer", "replay", "latent") and i.split("/")[0] != piece
+            ]
             assert not foreign, (path, foreign)
 
 

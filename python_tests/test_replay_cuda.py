@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from conftest import DEVICES, on, to_numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -241,6 +242,58 @@ def test_what_a_device_cannot_do_is_named(device):
     host = SequenceReplay(**GOOD)
     with pytest.raises(ValueError, match="observation: must lie on the CPU, got cuda:0"):
         host.add({**rows, "observation": on(device, rows["observation"])})
+
+
+def filled(device, **options):
+    pair = Pair(device, 400, {"observation": Field((4, 64, 64), "uint8")}, 7, num_streams=2, n_step=2, gamma=0.9, **options)
+    pair.feed(100)
+    return pair
+
+
+@pytest.mark.parametrize("device", CUDA)
+def test_work_on_several_streams_is_ordered(device):
+    """Each step runs on a stream of its own, some of them held up: batches are those of one stream."""
+    pair = filled(device, priority_exponent=1.0, ring=2)
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    taken = []
+    for step in range(40):
+        with torch.cuda.stream(streams[step % 4]):
+            if step % 3 == 0:
+                torch.cuda._sleep(20_000_000)
+            ours, theirs = pair.cuda.sample(64), pair.cpu.sample(64)
+        with torch.cuda.stream(streams[(step + 1) % 4]):  # taken by another stream, which is late with it
+            torch.cuda._sleep(10_000_000)
+            kept = {name: torch.from_dlpack(ours[name]).clone() for name in ("observation", "reward", "indices")}
+            td = torch.rand(64, device=device)
+            pair.cuda.update_priorities(ours.indices, td)
+        taken.append((kept, {name: theirs[name].copy() for name in kept}))
+        pair.cpu.update_priorities(theirs.indices, td.cpu().numpy())
+        pair.feed(1)
+    for kept, expected in taken:
+        for name, array in expected.items():
+            np.testing.assert_array_equal(kept[name].cpu().numpy(), array, err_msg=name)
+
+
+@pytest.mark.parametrize("device", CUDA)
+def test_batches_of_the_cpu_are_pinned_and_wait_for_their_copies(device):
+    torch.zeros(1, device=device)
+    replay = filled(device, ring=2).cpu
+    copies = []
+    for _ in range(20):
+        batch = replay.sample(64)
+        assert torch.from_numpy(batch.observation).is_pinned()
+        torch.cuda._sleep(20_000_000)
+        copies.append((torch.from_numpy(batch.observation).to(device, non_blocking=True), batch.observation.copy()))
+    for copy, expected in copies:
+        np.testing.assert_array_equal(copy.cpu().numpy(), expected)
+
+
+@pytest.mark.parametrize("device", CUDA)
+def test_a_capture_is_refused(device):
+    replay, graph = filled(device).cuda, torch.cuda.CUDAGraph()
+    replay.sample(8)
+    with pytest.raises(RuntimeError, match="cannot be captured in a CUDA graph"), torch.cuda.graph(graph):
+        replay.sample(8)
 
 
 @pytest.mark.skipif(_core.build_info()["cuda_usable"], reason="CUDA is usable here")

@@ -110,7 +110,7 @@ class Toy:
         self.optim.step()
         return {
             "q_loss": loss.detach(),
-            "intrinsic_reward_quantiles": torch.from_numpy(batch.reward).quantile(torch.tensor([0.0, 0.5, 1.0])),
+            "intrinsic_reward_quantiles": torch.from_numpy(batch.reward).quantile(torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95])),
         }
 
     def state_dict(self):

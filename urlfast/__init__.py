@@ -4,12 +4,14 @@ from pkgutil import extend_path
 
 __path__ = extend_path(__path__, __name__)  # inside a checkout, the Python files are the checkout's and the extension is the installed one
 
-from urlfast.ops import (  # noqa: E402
+from urlfast.ops import (
     Batch,
     Field,
+    LatentDynamics,
     RunningNormalizer,
     SequenceReplay,
     __version__,
+    ema_update_,
     knn,
     knn_reward,
     set_num_threads,
@@ -18,9 +20,11 @@ from urlfast.ops import (  # noqa: E402
 __all__ = [
     "Batch",
     "Field",
+    "LatentDynamics",
     "RunningNormalizer",
     "SequenceReplay",
     "__version__",
+    "ema_update_",
     "knn",
     "knn_reward",
     "set_num_threads",

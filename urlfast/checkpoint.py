@@ -16,6 +16,7 @@ import json
 import os
 import pickle
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +24,7 @@ import numpy as np
 import torch
 
 from urlfast import SequenceReplay
-from urlfast.run import FULL_DISK, UserError, sync, sync_folder, versions
+from urlfast.run import FULL_DISK, UserError, nearest, sync, sync_folder, versions
 
 FORMAT = 1
 
@@ -105,6 +106,17 @@ def read_latest(run: str | Path, *, replay: bool = False, say=print) -> Checkpoi
     raise UserError(f"{run} has no checkpoint that can be read")
 
 
+def read_at(run: str | Path, step: str) -> Checkpoint:
+    """The checkpoint of that step; for an unknown one, UserError lists those there are."""
+    found = {str(step_of(path)): path for path in checkpoints(run)}
+    if step.replace("_", "") not in found:
+        raise UserError(f"checkpoint: {run} has none of step {step}, {nearest(step, ['latest', *found])}")
+    try:
+        return read(found[step.replace("_", "")])
+    except Refused as error:
+        raise UserError(f"refused: {error}") from None
+
+
 class Checkpoints:
     """Writes the checkpoints of a run that this process has locked, and keeps the newest `keep`.
 
@@ -159,7 +171,10 @@ class Checkpoints:
             doomed = path.with_name(f".{path.name}.tmp")  # half removed, it must not look like a checkpoint
             path.rename(doomed)
             shutil.rmtree(doomed)
-        needed = {"manifest.json"}.union(*(_read_manifest(path / "manifest.json")["segments"] for path in kept))
+        needed = {"manifest.json"}
+        for path in kept:
+            with suppress(Refused):  # damaged since: it needs nothing any more
+                needed.update(_read_manifest(path / "manifest.json")["segments"])
         for path in (self.run / "replay").iterdir():
             if path.name not in needed:
                 path.unlink()

@@ -25,9 +25,9 @@ import numpy as np
 import tyro
 
 from urlfast import stats
-from urlfast.checkpoint import Refused, checkpoints, read, read_latest, step_of
+from urlfast.checkpoint import read_at, read_latest
 from urlfast.info import hardware
-from urlfast.run import Run, UserError, command, nearest, versions, write_json
+from urlfast.run import Run, command, versions, write_json
 from urlfast.train import DOMAINS, load, make_method, refusals
 
 VIDEO_SECONDS = 120
@@ -160,7 +160,7 @@ def evaluate(options: EvaluateConfig) -> int:
     run = Run.find(options.run)
     saved = run.config
     method, domain, config = load(saved)
-    checkpoint = read_latest(run.folder) if options.checkpoint == "latest" else read_at(run, options.checkpoint)
+    checkpoint = read_latest(run.folder) if options.checkpoint == "latest" else read_at(run.folder, options.checkpoint)
     began, game = time.monotonic(), config.env.game
     with refusals():
         env = DOMAINS[domain](config.env, num_envs=min(options.num_envs, options.episodes), evaluation=True, seed=options.seed)
@@ -197,17 +197,6 @@ def evaluate(options: EvaluateConfig) -> int:
     print(table(entries))
     print(f"{run.folder}/results.json" + (f", {video.path}" if video else ""))
     return 0
-
-
-def read_at(run: Run, step: str):
-    """The checkpoint of that step; an unknown one is answered with those there are."""
-    found = {str(step_of(path)): path for path in checkpoints(run.folder)}
-    if step.replace("_", "") not in found:
-        raise UserError(f"--checkpoint: {run.folder} has none of step {step}, {nearest(step, ['latest', *found])}")
-    try:
-        return read(found[step.replace("_", "")])
-    except Refused as error:
-        raise UserError(f"refused: {error}") from None
 
 
 def human_normalised(game: str, played: Played) -> float | None:

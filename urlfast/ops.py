@@ -55,7 +55,19 @@ def knn(queries, keys=None, k=12, *, lengths=None, include_self=True):
     return _core.knn(_detached(queries), _detached(keys), k, lengths, include_self)
 
 
-def knn_reward(z, k=12, memory=None, *, lengths=None, reduction="mean", exponent=1.0, c=1.0, include_self=True):
+def knn_reward(
+    z,
+    k=12,
+    memory=None,
+    *,
+    lengths=None,
+    reduction="mean",
+    exponent=1.0,
+    c=1.0,
+    include_self=True,
+    normalizer=None,
+    update_normalizer=True,
+):
     """Particle-entropy reward: log(c + mean over the k nearest neighbours of distance ** exponent), for each row of z.
 
     z: (B, D), or (S, B, D) for S independent batches; float16, bfloat16, float32 or float64, finite, C-contiguous; NumPy, torch, CuPy or
@@ -67,13 +79,17 @@ def knn_reward(z, k=12, memory=None, *, lengths=None, reduction="mean", exponent
         over min(k, length) neighbours; an empty memory gives log(c). Any k >= 1 is then accepted.
     reduction: "mean" over the neighbours, or "kth": the farthest of them alone.
     include_self: False excludes each row from its own neighbours, by index; then k <= B - 1. Not with memory.
+    normalizer: a RunningNormalizer of shape () on z's device. The neighbours' distances (with "kth" the k-th ones) first update it, unless
+        update_normalizer is False, and are then divided by its scale, clipped if it clips, raised to the exponent and reduced.
     Returns (B,) or (S, B), float64 for float64 and float32 otherwise, in z's library, on z's device; carries no gradient. No B x M matrix
     is ever made. Deterministic, whatever the number of threads.
-    Raises TypeError (no array, dtype), ValueError (shape, layout, k, lengths, reduction, exponent <= 0, c <= 0, devices; on the CPU also
-    NaN or infinity in rows in use: on CUDA NaN propagates instead).
+    Raises TypeError (no array, dtype), ValueError (shape, layout, k, lengths, reduction, exponent <= 0, c <= 0, devices, the
+    normalizer's shape; on the CPU also NaN or infinity in rows in use: on CUDA NaN propagates instead).
     Source: APT (Liu, Abbeel 2021), eq. 5 with exponent 1.
     """
-    return _core.knn_reward(_detached(z), k, _detached(memory), lengths, reduction, exponent, c, include_self)
+    return _core.knn_reward(
+        _detached(z), k, _detached(memory), lengths, reduction, exponent, c, include_self, normalizer, update_normalizer
+    )
 
 
 # normaliser -----------------------------------------------------------------------------------------------------------
@@ -183,7 +199,16 @@ class SequenceReplay:
         seen (1 before any), or with what rows["priority"] says in the row they start with (NaN: the highest seen).
         weight = (number of items * probability)^-importance_exponent, divided by the largest of the batch.
     ring: batches are NumPy arrays in `ring` sets of buffers used in turn: a batch stays intact during the next ring - 1 calls of sample.
+        Where torch uses a GPU they are pinned: `torch.from_numpy(batch.reward).to(device, non_blocking=True)` does not wait, and what was
+        queued on the current stream before the following call of sample is done before the memory is written again.
     storage="file": fields live in an unlinked scratch file in folder `path`, wholly reserved at the start: OSError if the disk is full.
+    device: "cuda" or "cuda:N" keeps rows, priorities and batches there, and no call waits for it but save, load, stale_updates and a first
+        sample of a larger batch. Draws are the CPU's (priorities agree up to the rounding of their power). Batches hold arrays for
+        torch.from_dlpack and its like; update_priorities takes indices, td and mask on the device, where an index that was never handed out
+        or a td that is not finite is dropped and counted in stale_updates. Calls run on the stream of the arrays they are given, else on
+        torch's or CuPy's current one, each after all before it; taking an array by DLPack orders the stream that takes it, and memory is
+        not written again before torch's streams that took it have finished. Keep a batch from other streams than those until the ring
+        comes round only if you order them yourself. Not to be captured in a CUDA graph: copy the batch to the graph's inputs.
     seed: draws depend on it and on how often sample was called before, never on threads.
 
     One thread may add while another samples: a batch is never torn. Methods of a closed replay raise RuntimeError.
@@ -255,7 +280,8 @@ class SequenceReplay:
     def add(self, rows: dict[str, np.ndarray], streams: np.ndarray | None = None) -> None:
         """Append one row to every stream, or row i to stream streams[i] (int64; a stream may stand there several times, oldest row first).
 
-        rows: exactly this replay's columns, [N, ...] in their dtypes, each row contiguous; NumPy or by DLPack, on the CPU. Copied.
+        rows: exactly this replay's columns, [N, ...] in their dtypes, each row contiguous; NumPy or by DLPack, on the CPU or, but for
+            terminated, is_first and is_last, on the replay's device. Copied.
         rows["priority"]: float32, optional, with priority_exponent > 0 only.
         ValueError, with nothing appended, when a row is not is_first where its stream begins or after an is_last.
         """
@@ -412,7 +438,7 @@ class SequenceReplay:
         """The replay that was saved; it goes on sampling exactly as that one would have. Its next save into `folder` writes what is new.
 
         manifest: a copy of an older manifest.json; None: the folder's own. storage, path, device: as at construction.
-        read_only: for reports: takes the memory of the rows held alone; add, update_priorities and save are refused.
+        read_only: for reports: takes the memory of the rows held alone (on the CPU); add, update_priorities and save are refused.
         ValueError names the file that is missing, truncated, damaged (every file has a checksum) or not a saved replay's.
         """
         folder = os.path.realpath(folder)
@@ -528,3 +554,57 @@ def _sync_folder(folder: str) -> None:
 
 
 # latent ---------------------------------------------------------------------------------------------------------------
+
+
+class LatentDynamics(_core.LatentDynamics):
+    """PALM's environment in the latent space of a generator G: actions and noise are mixed, and smoothed over time.
+
+        z'  = alpha * a_t + (1 - alpha) * noise          noise ~ N(0, I), fresh in every row
+        z_0 = z'                                         with an action drawn uniformly from [-1, 1): none was chosen yet
+        z_t = beta * z_{t-1} + (1 - beta) * z'
+        class: uniform over num_classes, drawn at an episode's first row and fixed until its last
+
+    num_envs, latent_dim, num_classes >= 1 (num_classes=1 for a generator without classes); alpha, beta in [0, 1].
+    episode_length: steps, so an episode has episode_length + 1 rows. All environments open and close theirs together.
+    seed: 0..2^64-1. Draws are counted, not carried: they depend on the seed, the row, the environment and the coordinate, neither
+    on threads nor on the device, where the values agree to rounding.
+    device: "cpu", "cuda[:N]" or a torch.device; the latter makes reset() return torch tensors from the start.
+
+    reset() and step(actions) return (z, class, is_first, is_last): float32 (num_envs, latent_dim), int64 and two bool (num_envs,).
+    After a row with is_last the next step ignores its actions and shows an episode's first row (is_first), as everywhere in urlfast.
+    The arrays are the state itself: they stay valid until the next reset, step or load_state_dict, which overwrite them, and must not
+    be written to (NumPy's are read-only). They come in the library of the last actions: torch tensors, CuPy arrays, otherwise NumPy
+    arrays on the CPU and DLPack exporters on CUDA.
+    actions: float32 (num_envs, latent_dim), C-contiguous, on `device`; taken as they are, NaN included.
+    One kernel does a step; on CUDA it goes to the caller's current stream and nothing waits for it. reset draws anew; it does not go
+    back to the seed's first episode.
+    state_dict(), load_state_dict(state): ints, a list and bytes, for dynamics of the same sizes and seed.
+    Raises TypeError and ValueError, naming the argument, and RuntimeError for a step before the first reset.
+    """
+
+    def __init__(self, num_envs, latent_dim, num_classes=1, *, alpha=0.5, beta=0.95, episode_length=100, seed=0, device="cpu"):
+        super().__init__(num_envs, latent_dim, num_classes, alpha, beta, episode_length, seed, device)
+        self._arguments = (num_envs, latent_dim, num_classes, alpha, beta, episode_length, seed, device)
+
+    def __reduce__(self):  # for copy.deepcopy and pickle
+        return _restored_dynamics, (self._arguments, self.state_dict())
+
+
+def _restored_dynamics(arguments, state):
+    *sizes, alpha, beta, episode_length, seed, device = arguments
+    dynamics = LatentDynamics(*sizes, alpha=alpha, beta=beta, episode_length=episode_length, seed=seed, device=device)
+    dynamics.load_state_dict(state)
+    return dynamics
+
+
+def ema_update_(targets, sources, tau):
+    """targets[i] += tau * (sources[i] - targets[i]) for every i, in place, in one pass over all of them.
+
+    targets, sources: lists or other iterables of arrays, as many, such as `module.parameters()`; requires_grad does not matter. Pairs
+    agree in shape, dtype (float16, bfloat16, float32, float64), device and memory layout, which is any dense one: channels_last is,
+    a slice is not. Empty lists are allowed and do nothing. Targets must not share memory with each other.
+    tau: in [0, 1]; 1 copies the sources. Integer buffers, BatchNorm's counters among them, are the caller's to copy.
+    Everything is checked before anything is written; TypeError and ValueError name the array as targets[i] or sources[i].
+    On CUDA the work goes to the caller's current stream, a launch per hundred tensors, and nothing waits for it.
+    """
+    _core.ema_update_(targets, sources, tau)

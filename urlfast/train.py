@@ -87,13 +87,15 @@ def train(run: Run, config: TrainConfig, method, env, replay, counters: Counters
 
         def log():
             counters.seconds = time.monotonic() - began
-            line = window.close(counters, env.action_repeat)
-            metrics.log(line)
-            progress.log(line)
+            if counters.steps > window.begin:  # not where an interrupt came while every environment was reset
+                line = window.close(counters, env.action_repeat)
+                metrics.log(line)
+                progress.log(line)
 
         def save():
             metrics.sync()
-            checkpoints.save(counters.steps, {**vars(counters), "method": method.state_dict(), "rng": torch.get_rng_state()}, replay)
+            if counters.steps != checkpoints.step:
+                checkpoints.save(counters.steps, {**vars(counters), "method": method.state_dict(), "rng": torch.get_rng_state()}, replay)
 
         def pay():
             for _ in range(updates_owed(counters, method.config)):
@@ -152,14 +154,14 @@ class Window:
     """What the next line of metrics.jsonl averages. Sums stay on the device: only the line waits for it."""
 
     def __init__(self, counters: Counters):
-        self._begin(counters)
+        self._empty(counters)
 
-    def _begin(self, counters: Counters) -> None:
+    def _empty(self, counters: Counters) -> None:
         self._sums: dict[str, Any] = {}
         self._counts: dict[str, int] = {}
         self._scores: list[float] = []
         self._lengths: list[int] = []
-        self._steps, self._time = counters.steps, time.monotonic()
+        self.begin, self._time = counters.steps, time.monotonic()
 
     def add(self, metrics: dict) -> None:
         for name, value in metrics.items():
@@ -171,7 +173,7 @@ class Window:
         self._lengths += step.length[step.is_last].tolist()
 
     def rate(self, counters: Counters) -> float:
-        return (counters.steps - self._steps) / max(time.monotonic() - self._time, 1e-9)
+        return (counters.steps - self.begin) / max(time.monotonic() - self._time, 1e-9)
 
     def close(self, counters: Counters, action_repeat: int) -> dict:
         """The line, and a new window."""
@@ -188,7 +190,7 @@ class Window:
         for name, total in self._sums.items():
             mean = total / self._counts[name]
             line[name] = mean.tolist() if hasattr(mean, "tolist") else mean
-        self._begin(counters)
+        self._empty(counters)
         return line
 
 
@@ -229,6 +231,12 @@ def make(method: str, domain: str, config: TrainConfig):
     """(method, environment) of a config. What their own checks refuse is the user's to mend: UserError."""
     with refusals():
         env = DOMAINS[domain](config.env, seed=config.seed)
+        first = env.num_envs * (getattr(config.method, "n_step", 1) + 1)  # steps until every environment has a whole window
+        if config.method.learning_start < first:
+            env.close()
+            raise ValueError(
+                f"learning_start: must be at least {first}, the first windows of n_step steps, got {config.method.learning_start}"
+            )
         return make_method(method, config, env), env
 
 
@@ -248,21 +256,19 @@ def refusals():
         raise UserError(str(error)) from error
 
 
-def label(method: str, domain: str, config: TrainConfig) -> str:
-    return f"{method}-{domain}-{config.env.game}-s{config.seed}"
-
-
-def start(method: str, domain: str, preset: str, config: TrainConfig) -> int:
-    """A new run."""
+def start(method: str, domain: str, preset: str, config: TrainConfig, *, name: str = "", prepare=lambda agent: None, **noted) -> int:
+    """A new run. `name` begins its folder's; `prepare` is done to its method before anything else; `noted` goes into config.json."""
     with refusals():
         config = replace(config, env=replace(config.env, game=rom_id(config.env.game)))
     agent, env = make(method, domain, config)
     with closing(env):
-        seconds = seconds_per_update(method, config, env)
         with refusals():
-            replay = agent.make_replay(config.env.num_envs, config.steps)
-        saved = {"method": method, "domain": domain, "preset": preset, "config": asdict(config)}
-        run = Run.create(config.runs, label(method, domain, config), saved)
+            prepare(agent)
+            prepare(trial := make_method(method, config, env))  # thrown away, so that what the run itself uses is as new
+            replay = agent.make_replay(env.num_envs, config.steps)
+        seconds = seconds_per_update(trial, env)
+        saved = {"method": method, "domain": domain, "preset": preset, "config": asdict(config), **noted}
+        run = Run.create(config.runs, f"{name or f'{method}-{domain}'}-{config.env.game}-s{config.seed}", saved)
         with run.locked():
             print(cost(run, config, agent, env, replay, seconds), flush=True)
             stopped = train(run, config, agent, env, replay, Counters(), Checkpoints(run.folder, config.keep))
@@ -328,16 +334,15 @@ def farewell(run: Run, stopped: str | None) -> int:
 # What it will take ---------------------------------------------------------------------------------------------------
 
 
-def seconds_per_update(method: str, config: TrainConfig, env) -> float:
-    """Measured here, on a method and a replay that are thrown away, so that the run's own are as new."""
-    agent = make_method(method, config, env)
+def seconds_per_update(agent, env) -> float:
+    """Measured here, on noise; the method has then learned it."""
     replay = agent.make_replay(1, ROWS := 512)
     random = np.random.default_rng(0)
     for row in range(ROWS):
         frame = random.integers(0, 256, (1, *env.frame_shape), np.uint8)
         rows = {"observation": frame, "action": np.zeros(1, np.int64), "reward": np.zeros(1, np.float32), "is_first": np.array([row == 0])}
         replay.add(rows | dict.fromkeys(("terminated", "is_last"), np.zeros(1, bool)))
-    warm_up, timed = (5, 5) if chosen_device(config.device).type == "cuda" else (1, 3)
+    warm_up, timed = (5, 5) if torch.cuda.is_available() else (1, 3)  # a GPU captures the update first
     for _ in range(warm_up):
         metrics = agent.update(replay)
     [value.sum().item() for value in metrics.values()]  # waits for the device
@@ -352,8 +357,8 @@ def cost(run: Run, config: TrainConfig, agent, env, replay, seconds: float) -> s
     """What the run will take, said before it begins."""
     updates = int(agent.config.updates_per_step * max(0, config.steps - agent.config.learning_start))
     row = int(np.prod(env.frame_shape)) + 15  # the frame, action, reward and three flags
-    rows = replay.capacity
-    on_disk = (min(rows + config.keep * config.checkpoint_every, config.steps)) * row
+    rows = min(replay.capacity, config.steps)
+    on_disk = min(rows + config.keep * config.checkpoint_every, config.steps) * row  # older checkpoints keep rows that the ring has lost
     free = disk_usage(run.folder).free
     device = chosen_device(config.device)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"

@@ -2,6 +2,8 @@
 // another header: the linker would keep one copy of it, perhaps one that this processor cannot run.
 #include "knn/knn_isa.hpp"
 
+#include "common/half.hpp"
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -141,19 +143,8 @@ inline To bits_as(From from) {
   return to;
 }
 
-struct Half {
-  uint16_t bits;
-};
-struct Brain {
-  uint16_t bits;
-};
-inline float widen(Half h) {
-  const uint32_t sign = uint32_t(h.bits & 0x8000u) << 16, rest = uint32_t(h.bits & 0x7fffu) << 13;
-  const float value = bits_as<float>(rest) * 0x1p112f;  // the exponents' biases differ by 112; exact for subnormals too
-  const uint32_t special = rest >= 0x7c00u << 13 ? 0xffu << 23 : 0;  // infinity and NaN stay what they are
-  return bits_as<float>(sign | special | bits_as<uint32_t>(value));
-}
-inline float widen(Brain b) { return bits_as<float>(uint32_t(b.bits) << 16); }
+inline float widen(Half x) { return to_float(x); }
+inline float widen(BFloat16 x) { return to_float(x); }
 inline float widen(float x) { return x; }
 inline double widen(double x) { return x; }
 
@@ -197,7 +188,7 @@ double largest(const void* data, DType dtype, int64_t count) {
   }
   const uint16_t most = largest_bits<uint16_t>(data, count);
   if (dtype == DType::f16) return most >= 0x7c00 ? kInfinity : double(widen(Half{most}));
-  return most >= 0x7f80 ? kInfinity : double(widen(Brain{most}));
+  return most >= 0x7f80 ? kInfinity : double(widen(BFloat16{most}));
 }
 
 // Packing -------------------------------------------------------------------------------------------------------------
@@ -228,7 +219,7 @@ void pack_float(const void* data, DType dtype, int64_t rows, int64_t dim, int gr
   else if (dtype == DType::f16)
     pack_items<float>(static_cast<const Half*>(data), rows, dim, group, scale, out);
   else
-    pack_items<float>(static_cast<const Brain*>(data), rows, dim, group, scale, out);
+    pack_items<float>(static_cast<const BFloat16*>(data), rows, dim, group, scale, out);
 }
 void pack_double(const void* data, DType, int64_t rows, int64_t dim, int group, double scale, double* out) {
   pack_items<double>(static_cast<const double*>(data), rows, dim, group, scale, out);

@@ -93,6 +93,14 @@ class VectorEnv:
     `_reset(seed) -> Step`, `_send(actions)`, `_recv() -> Step`, `_close()`.
     """
 
+    num_envs: int
+    num_actions: int | None  # None where actions are vectors, of action_shape
+    observation_shape: tuple[int, ...]
+    frame_shape: tuple[int, ...]
+    frame_stack: int
+    action_repeat: int
+    _seed: int
+    _episodes: Episodes
     _state = "new"  # new -> ready <-> sent; closed
 
     def reset(self, seed: int | None = None) -> Step:

@@ -26,6 +26,7 @@ import sys
 import weakref
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
+from typing import Literal
 
 import numpy as np
 
@@ -47,7 +48,7 @@ class AtariConfig:
     max_frames: int = 108_000  # time limit of an episode, in frames after the no-ops: 30 minutes
     frame_size: int = 84  # side of the grey image
     frame_stack: int = 4  # frames an agent sees at once, black before the episode's first
-    backend: str = "vector"  # vector: native threads | processes: slower, also gives RAM, screen and cloned states
+    backend: Literal["vector", "processes"] = "vector"  # native threads | processes: slower; RAM, screens and cloned states
     workers: int = 0  # threads or processes; 0: one per processor, never more than environments
 
     def __post_init__(self):
@@ -87,10 +88,13 @@ def make_atari(
 
 
 def games() -> list[str]:
-    """The ids of all games that ale-py knows, sorted."""
+    """ale-py's ids of all games that it ships and that one player can play, sorted."""
     from ale_py import roms
 
-    return sorted(roms.get_all_rom_ids())
+    return sorted(set(roms.get_all_rom_ids()) - _SEVERAL_PLAYERS)
+
+
+_SEVERAL_PLAYERS = {"combat", "joust", "maze_craze", "warlords"}  # shipped for PettingZoo
 
 
 def rom_id(game: str) -> str:
@@ -99,8 +103,10 @@ def rom_id(game: str) -> str:
     "MsPacman", "ms-pacman", "Ms. Pacman", "ALE/MsPacman-v5" and "MsPacmanNoFrameskip-v4" are all "ms_pacman".
     Raises ValueError, with the nearest names, where there is no such game.
     """
+    from ale_py import roms
+
     bare = re.sub(r"^ALE/|(-ram)?(NoFrameskip|Deterministic)?(-v\d+)?$", "", game.strip())
-    ids = {_letters(name): name for name in games()}
+    ids = {_letters(name): name for name in roms.get_all_rom_ids()}
     ids["montezumasrevenge"] = "montezuma_revenge"  # its name on the box
     if _letters(bare) not in ids:
         near = difflib.get_close_matches(_letters(bare), ids, n=5, cutoff=0.5)
@@ -114,14 +120,18 @@ def _letters(name: str) -> str:
 
 
 def _rom_path(game: str) -> str:
-    from ale_py import roms
+    import ale_py
+    from ale_py import ALEInterface, roms
 
     name = rom_id(game)
     try:
-        return str(roms.get_rom_path(name))
+        path = str(roms.get_rom_path(name))
     except FileNotFoundError as error:
         where = "the folder that ALE_ROMS_DIR names" if os.environ.get("ALE_ROMS_DIR") else "ale-py, which ships it (reinstall ale-py)"
         raise FileNotFoundError(f"game: the ROM of {name!r} is missing from {where}: {error.filename}") from error
+    if ALEInterface.isSupportedROM(path) is None:  # the emulator would end the whole process
+        raise ValueError(f"game: ale-py {ale_py.__version__} cannot run its ROM of {name!r} for one player")
+    return path
 
 
 # What both backends share --------------------------------------------------------------------------------------------------------
@@ -285,7 +295,7 @@ class AtariProcesses(_Atari):
         return self._step
 
     def render(self, i: int = 0) -> np.ndarray:
-        """The screen of environment `i` in colour: uint8 [210, 160, 3] (a few games have 250 lines)."""
+        """The screen of environment `i` in colour: uint8 [210, 160, 3] (a few games have up to 250 lines)."""
         worker = self._idle_worker_of(i)
         self._ask(worker, ("screen", i))
         return self._answer(worker)

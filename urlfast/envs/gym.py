@@ -13,6 +13,7 @@ import functools
 import os
 import signal
 from collections.abc import Callable
+from typing import Literal
 
 import gymnasium
 import numpy as np
@@ -31,7 +32,7 @@ class GymConfig:
     id: str = "CartPole-v1"  # as gymnasium.make takes it; module:id imports the module that registers it, as in ale_py:ALE/Pong-v5
     num_envs: int = 8  # environments that step together
     frame_stack: int = 1  # observations an agent sees at once, zero before the episode's first
-    backend: str = "serial"  # serial: one after the other in this process | processes: one process each
+    backend: Literal["serial", "processes"] = "serial"  # serial: one after the other in this process | processes: one process each
 
     def __post_init__(self):
         _check(self.num_envs, self.frame_stack, self.backend)

@@ -1,1 +1,43 @@
-"""One file a method, to be read beside its paper."""
+"""One file a method, to be read beside its paper.
+
+The contract, which every method keeps and no base class enforces:
+
+    M(config, observation_shape, num_actions, *, device, seed, frame_stack)
+    make_replay(num_envs, steps) -> SequenceReplay    act(step, explore=True) -> actions    observe(rows)    update(replay) -> metrics
+    state_dict() / load_state_dict(state)   {part: state}; `parts` names them, and loading wants exactly those
+    load_part(part, state)   freeze(part)   what a transfer does with one of them
+    TRANSFER[rule]           {part: LOAD | FREEZE | RESET} for every part that the method saves
+"""
+
+from typing import Literal
+
+Rule = Literal["load", "freeze", "reset"]
+
+LOAD: Rule = "load"  # the task begins with what was pre-trained
+FREEZE: Rule = "freeze"  # and keeps it
+RESET: Rule = "reset"  # the task begins with its own
+
+
+def transfer(method, parts: dict[str, dict], table: dict[str, Rule]) -> None:
+    """Gives `method` what `table` says of the saved `parts` of another one.
+
+    Raises ValueError for a part that the table does not name, and for one to be loaded whose shapes are not the method's.
+    """
+    unnamed = [part for part in parts if part not in table]
+    if unnamed:
+        raise ValueError(f"parts: the transfer table says nothing of {', '.join(unnamed)}; it names {', '.join(table)}")
+    for part, state in parts.items():
+        if table[part] == RESET:
+            continue
+        try:
+            method.load_part(part, state)
+        except RuntimeError as error:  # torch names every tensor that does not fit
+            raise ValueError(f"parts: {part} does not fit the task's network: {error}") from None
+        if table[part] == FREEZE:
+            method.freeze(part)
+
+
+def check_parts(state: dict[str, dict], parts: tuple[str, ...]) -> None:
+    """Raises ValueError where a state does not hold exactly these parts."""
+    if state.keys() != set(parts):
+        raise ValueError(f"state: must have the parts {', '.join(sorted(parts))}; got {', '.join(sorted(state))}")

@@ -1,0 +1,23 @@
+"""JAX arrays in, JAX arrays out. Runs where JAX is installed."""
+
+import numpy as np
+import pytest
+
+import urlfast
+
+jax = pytest.importorskip("jax")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_results_are_jax_arrays_that_hold_what_numpy_gets(dtype):
+    for seed in range(20):  # fresh buffers each time: a result must be JAX's own once it is handed out
+        z = jax.random.normal(jax.random.key(seed), (300, 15)).astype(dtype)
+        reward = urlfast.knn_reward(z, 12)
+        distances, indices = urlfast.knn(z, k=3)
+        assert isinstance(reward, jax.Array) and isinstance(distances, jax.Array) and isinstance(indices, jax.Array)
+        expected = urlfast.knn_reward(np.asarray(z), 12)
+        assert np.array_equal(np.asarray(reward), expected)
+        assert np.array_equal(np.asarray(indices)[:, 0], np.arange(300))
+        assert float((reward * 2)[7]) == pytest.approx(2 * expected[7])
+        scaled = urlfast.RunningNormalizer("mean")(z)
+        assert isinstance(scaled, jax.Array) and np.isfinite(np.asarray(scaled)).all()

@@ -1,0 +1,150 @@
+"""A run's folder: its lock, its metrics after a rollback, and how it is found."""
+
+import errno
+import io
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import pytest
+import toy_run
+
+from urlfast import run as run_module
+from urlfast.run import Metrics, Progress, Run, UserError, flat, from_dict, human_bytes, human_time, read_metrics, write_json
+
+
+@pytest.fixture
+def run(tmp_path):
+    return Run.create(tmp_path / "runs", "toy-corridor-pong-s1", {"method": "toy"})
+
+
+HOLDER = r"""
+import sys, time, os
+from urlfast.run import Run
+with Run(sys.argv[1]).locked():
+    if sys.argv[2] == "fork" and os.fork() == 0:
+        os.write(1, b"child\n")
+        time.sleep(60)
+        os._exit(0)
+    os.write(1, b"held\n")
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("how", ["alone", "fork"])
+def test_a_run_in_use_is_refused_and_free_once_its_process_was_killed(run, how):
+    """Also where a worker that it forked lives on."""
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, run.folder, how], env=toy_run.environment(), stdout=subprocess.PIPE, text=True)
+    for _ in range(2 if how == "fork" else 1):
+        assert holder.stdout.readline().strip() in ("held", "child")
+    with pytest.raises(UserError, match=f"in use by process {holder.pid}"), run.locked():
+        pass
+    holder.kill()
+    holder.wait()
+    with run.locked():
+        assert (run.folder / ".lock").read_text() == f"{os.getpid()}\n"
+
+
+def test_runs_of_one_second_have_folders_of_their_own(tmp_path):
+    runs = [Run.create(tmp_path, "toy", {"n": n}) for n in range(3)]
+    assert len({run.folder for run in runs}) == 3
+    assert [run.config["n"] for run in runs] == [0, 1, 2]
+
+
+def test_a_run_is_found_by_path_and_by_name_and_an_unknown_one_is_answered_with_the_nearest(run):
+    runs = run.folder.parent
+    assert Run.find(run.folder).folder == run.folder
+    assert Run.find(run.name, runs).folder == run.folder
+    with pytest.raises(UserError, match=f"did you mean '{run.name}'"):
+        Run.find(run.name[:-1], runs)
+
+
+def test_what_a_resume_will_do_again_is_taken_from_the_logs(run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with Metrics(run.folder, 0) as metrics:
+        for step in (10, 20, 30):
+            metrics.log({"step": step, "score": float(step), "quantiles": [1.0, 2.0]})
+    with open(run.folder / "metrics.jsonl", "a") as file:
+        file.write('{"step": 40, "sco')  # torn by a kill
+    with Metrics(run.folder, 20) as metrics:
+        metrics.log({"step": 30, "score": -30.0, "quantiles": [3.0, 4.0]})
+    assert [(line["step"], line["score"]) for line in read_metrics(run.folder)] == [(10, 10.0), (20, 20.0), (30, -30.0)]
+    board = EventAccumulator(str(run.folder)).Reload()
+    assert [(point.step, point.value) for point in board.Scalars("score")] == [(10, 10.0), (20, 20.0), (30, -30.0)]
+    assert [point.value for point in board.Scalars("quantiles/1")] == [2.0, 2.0, 4.0]
+
+
+def test_a_json_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "results.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@dataclass(frozen=True)
+class Inner:
+    lr: float = 0.1
+    widths: tuple[tuple[int, int], ...] = ((1, 2), (3, 4))
+
+
+@dataclass(frozen=True)
+class Outer:
+    method: Inner = Inner()
+    env: Inner = Inner()
+    num_envs: int = 8
+
+
+def test_a_config_comes_back_from_json():
+    config = Outer(method=Inner(0.2, ((5, 6),)), num_envs=4)
+    from dataclasses import asdict
+
+    assert from_dict(Outer(), json.loads(json.dumps(asdict(config)))) == config
+    assert flat(config) == {"lr": 0.2, "widths": ((5, 6),), "env.lr": 0.1, "env.widths": ((1, 2), (3, 4)), "num-envs": 4}
+    with pytest.raises(UserError, match="unknown option 'num_env' of Outer, did you mean 'num_envs'"):
+        from_dict(Outer(), {"num_env": 3})
+
+
+def test_units():
+    assert [human_bytes(n) for n in (999, 1500, 7.06e9, 2e12)] == ["999 B", "1.5 kB", "7.1 GB", "2.00 TB"]
+    assert [human_time(s) for s in (0.4, 59, 95, 7200, 90_000)] == ["0 s", "59 s", "1 min 35 s", "2 h", "1 d 1 h"]
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("stream", [io.StringIO, Terminal])
+def test_progress_says_steps_rate_time_left_and_the_numbers_that_matter(stream):
+    out = stream()
+    with Progress(100, out) as progress:
+        progress.log({"step": 50, "steps_per_second": 5.0, "score": 12.5, "grad_norm": 3.0})
+        progress.tick(50)
+    said = out.getvalue()
+    assert "step 50 of 100 (50.0%)" in said and "score 12.5" in said and "grad" not in said
+    if stream is io.StringIO:
+        assert "5/s  10 s left" in said
+
+
+@pytest.mark.parametrize("error, status, line", [
+    (UserError("no such thing"), 1, "urlfast toy: no such thing\n"),
+    (run_module.UsageError("which?"), 2, "urlfast toy: which?\n"),
+    (OSError(errno.ENOSPC, "No space left on device", "runs/x"), 1, "urlfast toy: No space left on device: runs/x\n"),
+])  # fmt: skip
+def test_a_foreseen_error_is_one_line(capsys, error, status, line):
+    def main(argv):
+        raise error
+
+    with pytest.raises(SystemExit) as exit:
+        run_module.command("toy", main, [])
+    assert exit.value.code == status and capsys.readouterr().err == line
+
+
+def test_a_bug_shows_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        run_module.command("toy", lambda argv: 1 / 0, [])

@@ -1,0 +1,90 @@
+"""What the device decides: the arithmetic of the networks, their memory layout, and whether an update is captured."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Precision = Literal["auto", "fp32", "bf16"]
+
+
+def has_bf16(device: torch.device) -> bool:
+    """True where bfloat16 products are done by the hardware (AVX512-BF16, AMX, Ampere and newer), so that they are faster than float32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device)[0] >= 8
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported() and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+@dataclasses.dataclass(frozen=True)
+class Arithmetic:
+    """Where and how networks compute. Parameters, optimiser state, losses and distances are float32 in every case."""
+
+    device: torch.device
+    dtype: torch.dtype  # of convolutions and hidden layers
+    memory_format: torch.memory_format
+
+    @staticmethod
+    def choose(device: str | torch.device, precision: Precision = "auto") -> "Arithmetic":
+        """Raises ValueError for a precision that this device can only emulate."""
+        device = torch.device(device)
+        if precision not in ("auto", "fp32", "bf16"):
+            raise ValueError(f"precision: must be auto, fp32 or bf16, got {precision!r}")
+        if precision == "bf16" and not has_bf16(device):
+            raise ValueError(f"precision: bf16 needs AVX512-BF16, AMX or a GPU of compute capability 8.0, which {device} has not: use fp32")
+        bf16 = precision != "fp32" and has_bf16(device)
+        return Arithmetic(device, torch.bfloat16 if bf16 else torch.float32, torch.channels_last)
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+
+def adam(parameters: list[Tensor], lr: float, eps: float, device: torch.device) -> torch.optim.Adam:
+    """Adam in one kernel for all parameters, its step count on the device so that it can be captured."""
+    return torch.optim.Adam(parameters, lr=lr, eps=eps, fused=True, capturable=device.type == "cuda")
+
+
+class Captured:
+    """An update as a CUDA graph: `function(**tensors) -> {name: tensor}` is launched as one, without Python between its kernels.
+
+    The function must work on the tensors it is given and on state that stays where it is (parameters, optimiser state, generators), and
+    must not wait for the device. Its results live in the graph's own memory: they hold until the next call, so read or clone them before.
+    On a CPU the function is simply called.
+    """
+
+    WARM_UP = 3  # eager calls before the capture: lazy initialisation (cuDNN plans, optimiser state) must not be captured
+
+    def __init__(self, function: Callable[..., dict[str, Tensor]], device: torch.device, generators: tuple[torch.Generator, ...] = ()):
+        self.function, self.device, self.generators = function, device, generators
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets the graph: needed after state was replaced by other tensors, as loading an optimiser's state does."""
+        self.calls, self.graph, self.inputs, self.outputs = 0, None, {}, {}
+
+    def __call__(self, **arrays: np.ndarray) -> dict[str, Tensor]:
+        """One update on these NumPy arrays, which a GPU reads while the host goes on: pinned, and intact until the copy is done."""
+        if self.device.type != "cuda":
+            return self.function(**{name: torch.from_numpy(array) for name, array in arrays.items()})
+        if not self.inputs:
+            self.inputs = {name: torch.empty(a.shape, dtype=torch.from_numpy(a).dtype, device=self.device) for name, a in arrays.items()}
+        for name, array in arrays.items():
+            self.inputs[name].copy_(torch.from_numpy(array), non_blocking=True)
+        self.calls += 1
+        if self.calls <= self.WARM_UP:
+            side = torch.cuda.Stream(self.device)
+            side.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(side):
+                outputs = self.function(**self.inputs)
+            torch.cuda.current_stream(self.device).wait_stream(side)
+            return outputs
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            for generator in self.generators:
+                self.graph.register_generator_state(generator)  # replays advance it, as eager calls would
+            with torch.cuda.graph(self.graph):  # records; nothing runs until the replay below
+                self.outputs = self.function(**self.inputs)
+        self.graph.replay()
+        return self.outputs

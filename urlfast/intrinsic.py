@@ -1,0 +1,65 @@
+"""Rewards that several methods share, built on the native kernels."""
+
+import dataclasses
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from urlfast import RunningNormalizer, knn, knn_reward
+
+
+@dataclasses.dataclass(frozen=True)
+class ParticleConfig:
+    """The particle-entropy reward r = log(c + mean_k d) and its scale."""
+
+    k: int = 16  # neighbours, the particle itself among them as in every release [mini_apt on Atari; urlb takes 12 on DMC]
+    neighbours: Literal["mean", "kth"] = "mean"  # mean over the k, or the k-th alone
+    c: float = 1.0  # [APT, eq. 4]
+    scale: Literal["distance-mean", "distance-var", "reward-mean", "none"] = "distance-mean"  # running statistic that divides
+    # distance-mean, -var: distances over their running mean (URLB's PBE) or variance (mini_apt, CIC), before the log;
+    # reward-mean: the reward over its own running mean, after the log, as APT's text says
+    clip: float = 0.0  # subtracted from the scaled distances, floored at 0 [urlb 0 or 1e-4, mini_apt 5e-4]
+
+    def __post_init__(self):
+        if self.clip and not self.scale.startswith("distance"):
+            raise ValueError(f"clip: is taken from scaled distances, so it needs scale distance-mean or distance-var, got {self.scale}")
+
+
+class ParticleReward:
+    """How far each feature is from its nearest neighbours in its batch; the batch is its own pool."""
+
+    def __init__(self, config: ParticleConfig, device: torch.device):
+        self.config = config
+        mode = {"distance-mean": "mean", "distance-var": "var", "reward-mean": "mean", "none": None}[config.scale]
+        self.normalizer = RunningNormalizer(mode, clip=config.clip or None, device=str(device)) if mode else None
+
+    def __call__(self, z: Tensor, *, update: bool = True) -> Tensor:
+        """z: (B, d) float32. Returns (B,), without gradient. update: the running statistic takes this batch in first."""
+        config = self.config
+        of_distances = self.normalizer if config.scale.startswith("distance") else None
+        reward = knn_reward(
+            z.detach(),
+            config.k,
+            reduction="kth" if config.neighbours == "kth" else "mean",
+            c=config.c,
+            normalizer=of_distances,
+            update_normalizer=update,
+        )
+        if config.scale == "reward-mean":
+            if update:
+                self.normalizer.update(reward)
+            reward = self.normalizer.normalize(reward)
+        return reward
+
+    def distance(self, z: Tensor) -> Tensor:
+        """(B,): what the reward is made of, in the units of z: the mean over the k neighbours, or the k-th."""
+        distances, _ = knn(z.detach(), k=self.config.k)
+        return distances.mean(-1) if self.config.neighbours == "mean" else distances[:, -1]
+
+    def state_dict(self) -> dict:
+        return self.normalizer.state_dict() if self.normalizer else {}
+
+    def load_state_dict(self, state: dict) -> None:
+        if self.normalizer:
+            self.normalizer.load_state_dict(state)

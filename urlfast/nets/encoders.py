@@ -1,0 +1,96 @@
+"""Convolutional encoders of stacked frames, from one description."""
+
+import dataclasses
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderConfig:
+    conv: tuple[tuple[int, int, int], ...] = ((32, 8, 4), (64, 4, 2), (64, 3, 1))  # channels, kernel, stride of each layer, no padding
+    activation: Literal["relu", "elu"] = "relu"  # after each convolution
+    features: int = 0  # width of the linear layer, LayerNorm and tanh behind the convolutions; 0: their flat output is the feature
+    spectral_norm: bool = False  # weights divided by their largest singular value
+
+
+class SpectralNorm(nn.Module):
+    """W / sigma(W), as a parametrisation (Miyato et al. 2018); sigma of the weight as an (outputs, rest) matrix, by power iteration.
+
+    One iteration a forward pass in training mode, none in evaluation mode: a target's or an acting pass changes nothing.
+    """
+
+    def __init__(self, weight: Tensor, iterations: int = 15):
+        super().__init__()
+        matrix = weight.detach().flatten(1)
+        self.register_buffer("u", F.normalize(torch.randn(matrix.shape[0], device=matrix.device), dim=0))
+        self.register_buffer("v", F.normalize(torch.randn(matrix.shape[1], device=matrix.device), dim=0))
+        for _ in range(iterations):
+            self.iterate(matrix)
+
+    @torch.no_grad()
+    def iterate(self, matrix: Tensor) -> None:
+        self.v.copy_(F.normalize(matrix.T.mv(self.u), dim=0))
+        self.u.copy_(F.normalize(matrix.mv(self.v), dim=0))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        with torch.autocast(weight.device.type, enabled=False):
+            matrix = weight.flatten(1)
+            if self.training:
+                self.iterate(matrix)
+            # Clones: the next iteration writes into u and v, which the backward pass of this one still needs.
+            return weight / matrix.mv(self.v.clone()).dot(self.u.clone())
+
+
+class Encoder(nn.Module):
+    """f: (B, C, H, W) in 0..1, of any floating dtype -> (B, num_features) float32, because distances are taken between features."""
+
+    def __init__(self, config: EncoderConfig, observation_shape: tuple[int, ...]):
+        """Raises ValueError where the images are too small for the convolutions."""
+        super().__init__()
+        if len(observation_shape) != 3:
+            raise ValueError(f"observation_shape: must be (channels, height, width), got {tuple(observation_shape)}")
+        if not config.conv:
+            raise ValueError("conv: must have at least one layer")
+        channels, *size = observation_shape
+        layers = []
+        for outputs, kernel, stride in config.conv:
+            layers.append(nn.Conv2d(channels, outputs, kernel, stride))
+            size = [(side - kernel) // stride + 1 for side in size]
+            if min(size) < 1:
+                raise ValueError(
+                    f"observation_shape: images of {tuple(observation_shape[1:])} are too small for the convolutions {config.conv}"
+                )
+            channels = outputs
+        self.conv = nn.ModuleList(layers)
+        self.activation = {"relu": F.relu, "elu": F.elu}[config.activation]
+        flat = channels * size[0] * size[1]
+        self.linear = nn.Linear(flat, config.features) if config.features else None
+        self.norm = nn.LayerNorm(config.features) if config.features else None
+        self.num_features = config.features or flat
+        for layer in [*self.conv, *([self.linear] if self.linear else [])]:
+            nn.init.orthogonal_(layer.weight, gain=2**0.5 if isinstance(layer, nn.Conv2d) else 1.0)
+            nn.init.zeros_(layer.bias)
+            if config.spectral_norm:
+                parametrize.register_parametrization(layer, "weight", SpectralNorm(layer.weight))
+
+    def forward(self, images: Tensor) -> Tensor:
+        h = images
+        for layer in self.conv:
+            h = self.activation(layer(h), inplace=True)
+        h = h.flatten(1).float()
+        if self.linear is None:
+            return h
+        with torch.autocast(h.device.type, enabled=False):
+            return torch.tanh(self.norm(self.linear(h)))
+
+
+@torch.no_grad()
+def copy_buffers(target: nn.Module, source: nn.Module) -> None:
+    """What `ema_update_` of the parameters leaves to the caller: the vectors of the spectral norms."""
+    buffers = list(source.buffers())
+    if buffers:
+        torch._foreach_copy_(list(target.buffers()), buffers)

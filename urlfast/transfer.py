@@ -1,0 +1,74 @@
+"""`urlfast transfer RUN`: fine-tune what a run has pre-trained on its game's reward, by default for the 100,000 steps of Atari-100k.
+
+The rules are the pre-training method's own (its TRANSFER table). Replay and optimisers begin anew; which parts are loaded, frozen or reset
+is printed. The comparison from scratch is `urlfast train drq atari`, with the same options.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Literal
+
+import tyro
+
+from urlfast.checkpoint import read_at, read_latest
+from urlfast.methods import FREEZE, LOAD, transfer
+from urlfast.run import Run, UsageError, command
+from urlfast.train import METHODS, PRESETS, TrainConfig, load, start
+
+TASK = "drq"  # the method that learns from the game's own reward
+
+
+@dataclass(frozen=True)
+class TransferConfig(TrainConfig):
+    task: str = ""  # game to fine-tune on; the run's own where empty
+    rule: Literal["whole", "random-head", "frozen-encoder"] = "whole"  # what of the pre-trained network the task begins with
+    checkpoint: str = "latest"  # of the pre-trained run: latest, or a step
+
+
+def run_transfer(argv: list[str]) -> int:
+    if argv and not argv[0].startswith("-"):
+        run = Run.find(argv[0])
+    elif {"-h", "--help"} & set(argv):
+        print("usage: urlfast transfer RUN [--task GAME] [--rule whole|random-head|frozen-encoder] [options]\n")
+        print("`urlfast transfer RUN --help` lists every option with its default for that run.")
+        return 0
+    else:
+        raise UsageError("which run? urlfast transfer RUN [--task GAME] [--rule RULE]")
+    method, domain, pretrained = load(run.config)
+    preset, default = next(iter(PRESETS[TASK, domain].items()))
+    default = replace(default, method=default.method.after(pretrained.method), env=replace(pretrained.env, num_envs=default.env.num_envs))
+    default = replace(default, seed=pretrained.seed, runs=str(run.folder.parent))
+    options = {field.name: getattr(default, field.name) for field in fields(TrainConfig)}
+    prog, description = f"urlfast transfer {argv[0]}", "Fine-tunes a pre-trained run on its game's reward, in a run of its own."
+    wanted = tyro.cli(TransferConfig, default=TransferConfig(**options), args=argv[1:], prog=prog, description=description)
+    config = TrainConfig(**{name: getattr(wanted, name) for name in options})
+    if wanted.task:
+        config = replace(config, env=replace(config.env, game=wanted.task))
+
+    checkpoint = read_latest(run.folder) if wanted.checkpoint == "latest" else read_at(run.folder, wanted.checkpoint)
+    parts, table = checkpoint.state["method"], METHODS[method].TRANSFER[wanted.rule]
+    print(f"from {run.folder}, {method} at step {checkpoint.step:,}, rule {wanted.rule}:")
+    print("\n".join(f"  {part:18} {WORDS.get(table.get(part), 'begins anew')}" for part in parts), flush=True)
+    return start(
+        TASK,
+        domain,
+        preset,
+        config,
+        name=f"{method}-transfer-{wanted.rule}-{domain}",
+        prepare=lambda agent: transfer(agent, parts, table),
+        transfer={"run": str(run.folder), "method": method, "step": checkpoint.step, "rule": wanted.rule},
+    )
+
+
+WORDS = {LOAD: "loaded", FREEZE: "loaded and frozen"}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """`urlfast transfer`."""
+    command("transfer", run_transfer, argv)
+
+
+if __name__ == "__main__":
+    main()
