@@ -48,7 +48,7 @@ class CallStream {
   std::vector<CUstream_st*> others_;
 };
 
-// Where one batch goes: arrays, and their memory in the order of Replay::layout.
+// Where one batch goes: arrays, and their memory in the order of replay_layout.
 struct ReplayBuffers {
   std::weak_ptr<Replay> owner;
   int64_t batch = 0;
@@ -292,7 +292,7 @@ class PyReplay {
     buffers->owner = replay;
     buffers->batch = batch;
     const Device device = replay->config().device;
-    const auto layout = replay->layout(batch);
+    const auto layout = replay_layout(replay->config(), batch);
     if (device.cuda) {
       int64_t all = 0;
       for (const ReplayOutput& o : layout) all += (bytes_of(o) + 255) & ~int64_t(255);
@@ -354,7 +354,7 @@ class PyReplay {
     auto buffers = std::make_shared<ReplayBuffers>();
     buffers->owner = replay;
     buffers->batch = batch;
-    const auto layout = replay->layout(batch);
+    const auto layout = replay_layout(replay->config(), batch);
     buffers->stream.emplace(replay->config().device);
     for (const ReplayOutput& o : layout) {
       const std::string name = "out['" + o.name + "']";
@@ -403,7 +403,7 @@ class PyReplay {
   py::list layout(int64_t batch) {
     check_batch(batch);
     py::list out;
-    for (const ReplayOutput& o : alive()->layout(batch))
+    for (const ReplayOutput& o : replay_layout(alive()->config(), batch))
       out.append(py::make_tuple(o.name, py::tuple(py::cast(o.shape)), dtype_name(o.dtype)));
     return out;
   }

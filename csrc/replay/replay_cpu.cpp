@@ -160,7 +160,7 @@ class ReplayCpu final : public Replay, private ReplayMemory {
     }
     tree_.nodes = reinterpret_cast<uint64_t*>(nodes_.data());
     index_ = std::make_unique<ReplayIndex>(shape, reinterpret_cast<uint8_t*>(flags_.data()));
-    outputs_ = layout(1).size();
+    outputs_ = replay_layout(config_, 1).size();
     loaded_.from.assign(size_t(shape.streams), 0);
     loaded_.to.assign(size_t(shape.streams), 0);
   }
@@ -190,8 +190,6 @@ class ReplayCpu final : public Replay, private ReplayMemory {
     for (int64_t i = 0; i < slots_; ++i) sum += tree_.leaf(i);
     return {tree_.total(), sum};
   }
-
-  std::vector<ReplayOutput> layout(int64_t batch) const override { return replay_layout(config_, batch); }
 
   void add(const ReplayRows& rows, CUstream_st*) override {
     std::unique_lock<std::mutex> lock(mutex_);
@@ -331,7 +329,6 @@ class ReplayCpu final : public Replay, private ReplayMemory {
  private:
   float* reward() const { return reinterpret_cast<float*>(reward_.data()); }
   float* given() const { return reinterpret_cast<float*>(given_.data()); }
-  bool stacked(size_t field) const { return int(field) == config_.observation && config_.shape.stack > 1; }
   char* start_row(size_t c, int64_t slot) const {
     return columns_[c].data() + int64_t(entries_.of_slot[slot] - 1) * config_.fields[c].row_bytes();
   }
@@ -495,7 +492,7 @@ class ReplayCpu final : public Replay, private ReplayMemory {
     const int64_t batch = int64_t(items.size());
     int64_t item_bytes = 64;
     for (size_t c = 0; c < columns_.size(); ++c) {
-      const int64_t frames = shape.n_step ? 2 * (stacked(c) ? shape.stack : 1) : shape.length + shape.stack - 1;
+      const int64_t frames = shape.n_step ? 2 * (config_.stacked(c) ? shape.stack : 1) : shape.length + shape.stack - 1;
       item_bytes += config_.fields[c].row_bytes() * (config_.fields[c].at_starts ? 1 : frames);
     }
     const bool large = batch * item_bytes >= kStreamBatch;
@@ -520,7 +517,7 @@ class ReplayCpu final : public Replay, private ReplayMemory {
     for (size_t c = 0; c < columns_.size(); ++c) {
       const int64_t bytes = config_.fields[c].row_bytes();
       const bool observed = int(c) == config_.observation;
-      const int64_t frames = stacked(c) ? shape.stack : 1;
+      const int64_t frames = config_.stacked(c) ? shape.stack : 1;
       char* to = static_cast<char*>(*out++) + i * frames * bytes;
       char* next = observed ? static_cast<char*>(*out++) + i * frames * bytes : nullptr;
       const bool past_caches = large && bytes >= kStreamRow;
@@ -550,7 +547,7 @@ class ReplayCpu final : public Replay, private ReplayMemory {
         if (slice == 0) std::memcpy(to + i * bytes, columns_[c].data() + item.entry * bytes, size_t(bytes));
         continue;
       }
-      const int64_t extra = stacked(c) ? shape.stack - 1 : 0, before = stacked(c) ? item.before : 0;
+      const int64_t extra = config_.stacked(c) ? shape.stack - 1 : 0, before = config_.stacked(c) ? item.before : 0;
       const int64_t total = shape.length + extra;
       copy_padded(to + i * total * bytes, c, item.stream, item.place - before, before + item.rows, extra - before,
                   total * slice / slices, total * (slice + 1) / slices, large && bytes >= kStreamRow);
@@ -606,7 +603,8 @@ class ReplayCpu final : public Replay, private ReplayMemory {
   std::vector<Update> update_;
   std::vector<Item> drawn_;
   size_t outputs_ = 0;
-  std::vector<int64_t> scratch_, counts_;
+  std::vector<int8_t> scratch_;
+  std::vector<int64_t> counts_;
   ReplayLoaded loaded_;
 
   std::mutex turn_;   // one reader of rows at a time

@@ -156,8 +156,6 @@ class ReplayCuda final : public Replay, private ReplayMemory {
     return {total, sum};
   }
 
-  std::vector<ReplayOutput> layout(int64_t batch) const override { return replay_layout(config_, batch); }
-
   void add(const ReplayRows& rows, CUstream_st* stream) override {
     std::unique_lock<std::mutex> lock(mutex_);
     Entry entry(*this);
@@ -198,7 +196,7 @@ class ReplayCuda final : public Replay, private ReplayMemory {
       drawn_ = DeviceMemory(device_, batch * int64_t(sizeof(DrawnItem)));
       drawn_room_ = batch;
     }
-    const size_t outputs = layout(batch).size();
+    const size_t outputs = replay_layout(config_, batch).size();
     auto* indices = static_cast<int64_t*>(out[outputs - 3]);
     auto* probability = static_cast<float*>(out[outputs - 2]);
     auto* weight = static_cast<float*>(out[outputs - 1]);
@@ -380,8 +378,6 @@ class ReplayCuda final : public Replay, private ReplayMemory {
     for (const StreamState& s : index_->streams()) n += std::min(s.head, config_.shape.rows);
     return n;
   }
-
-  bool stacked(size_t field) const { return int(field) == config_.observation && config_.shape.stack > 1; }
 
   int64_t device_bytes() const {
     int64_t per_row = 1 + 4 + (config_.priority_exponent > 0 ? 8 : 0) + (any_at_starts_ ? 4 : 0), at_start = 0;
@@ -642,7 +638,7 @@ class ReplayCuda final : public Replay, private ReplayMemory {
         column.width = std::min(column.width, width_of(column.bytes, column.next));
       }
       column.pieces = (column.bytes + kPiece - 1) / kPiece;
-      column.stacked = stacked(c);
+      column.stacked = config_.stacked(c);
       column.at_starts = field.at_starts;
       column.frames = int32_t(shape.n_step      ? (column.stacked ? shape.stack : 1)
                               : field.at_starts ? 1
@@ -740,7 +736,8 @@ class ReplayCuda final : public Replay, private ReplayMemory {
   ReplayEntries entries_;
   int64_t items_ = 0;
   uint64_t draws_ = 0;
-  std::vector<int64_t> scratch_, counts_;
+  std::vector<int8_t> scratch_;
+  std::vector<int64_t> counts_;
   ReplayLoaded loaded_;
 
   int64_t piece_begin_ = 0, starts_ = 0;  // rows that travel by one launch

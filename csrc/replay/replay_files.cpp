@@ -13,10 +13,6 @@ namespace {
 
 constexpr char kRowsMagic[9] = "URLFRPR1", kStateMagic[9] = "URLFRPS1";
 
-bool stacked(const ReplayConfig& config, size_t field) {
-  return int(field) == config.observation && config.shape.stack > 1;
-}
-
 struct Header {
   int64_t numbers[4];
   explicit Header(const ReplayConfig& c)
@@ -78,9 +74,9 @@ std::vector<ReplayOutput> replay_layout(const ReplayConfig& config, int64_t batc
   for (size_t i = 0; i < config.fields.size(); ++i) {
     const ReplayField& field = config.fields[i];
     ReplayOutput o{field.name, field.dtype, {batch}};
-    if (!windows && !field.at_starts) o.shape.push_back(shape.length + (stacked(config, i) ? shape.stack - 1 : 0));
+    if (!windows && !field.at_starts) o.shape.push_back(shape.length + (config.stacked(i) ? shape.stack - 1 : 0));
     o.shape.insert(o.shape.end(), field.shape.begin(), field.shape.end());
-    if (windows && stacked(config, i)) o.shape[1] *= shape.stack;
+    if (windows && config.stacked(i)) o.shape[1] *= shape.stack;
     out.push_back(o);
     if (windows && int(i) == config.observation) {
       o.name = "next_" + o.name;
@@ -103,7 +99,7 @@ std::vector<ReplayOutput> replay_layout(const ReplayConfig& config, int64_t batc
   return out;
 }
 
-void check_replay_rows(const ReplayIndex& index, const ReplayRows& rows, std::vector<int64_t>& last) {
+void check_replay_rows(const ReplayIndex& index, const ReplayRows& rows, std::vector<int8_t>& last) {
   const int64_t streams = index.shape().streams;
   last.assign(size_t(streams), -1);  // is_last of the row before, where this call brought it
   for (int64_t i = 0; i < rows.count; ++i) {

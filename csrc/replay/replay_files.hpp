@@ -1,4 +1,4 @@
-// What both devices' replays have in common besides the index: the arrays of a batch, the check of appended rows, and
+// What both devices' replays have in common besides the index: what a batch holds, the check of appended rows, and
 // the two kinds of file that a save writes, whose bytes do not tell which device wrote them.
 #pragma once
 #include <cstdint>
@@ -9,11 +9,6 @@
 #include "replay/replay_storage.hpp"
 
 namespace urlfast {
-
-std::vector<ReplayOutput> replay_layout(const ReplayConfig& config, int64_t batch);
-
-// Throws std::invalid_argument unless the rows may follow those of the index. last: scratch.
-void check_replay_rows(const ReplayIndex& index, const ReplayRows& rows, std::vector<int64_t>& last);
 
 // Which entries the columns that are kept at starts give to which slots. Freed ones are used first, so that only as
 // many are touched as there ever were starts at one time.
