@@ -4,8 +4,9 @@ from pkgutil import extend_path
 
 __path__ = extend_path(__path__, __name__)  # inside a checkout, the Python files are the checkout's and the extension is the installed one
 
-from urlfast.ops import (  # noqa: E402
+from urlfast.ops import (
     Batch,
+    EpisodicMemory,
     Field,
     LatentDynamics,
     RunningNormalizer,
@@ -19,6 +20,7 @@ from urlfast.ops import (  # noqa: E402
 
 __all__ = [
     "Batch",
+    "EpisodicMemory",
     "Field",
     "LatentDynamics",
     "RunningNormalizer",
