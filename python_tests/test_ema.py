@@ -3,7 +3,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from conftest import DEVICES, OTHER_ISAS, rerun_under
+from conftest import DEVICES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference_stats import ema
@@ -17,11 +17,6 @@ ROUNDING = {torch.float64: 2e-15, torch.float32: 1e-6, torch.float16: 2.1e-3, to
 
 def float64(tensor):
     return np.array(tensor.detach().cpu().double().numpy())  # a copy: float64 on the CPU would share
-
-
-@pytest.mark.parametrize("isa", OTHER_ISAS)
-def test_under_another_instruction_set(isa):
-    rerun_under(isa, __file__)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -4,7 +4,7 @@ import io
 import numpy as np
 import pytest
 import torch
-from conftest import DEVICES, OTHER_ISAS, on, rerun_under, to_numpy
+from conftest import DEVICES, on, to_numpy
 from reference_stats import latent_step
 from scipy import stats
 
@@ -28,11 +28,6 @@ def rollout(dynamics, steps, actions=None, device="cpu"):
 def noise_of(seed, rows, n, d):
     """The process's noise for rows 0..rows-1: alpha = beta = 0 shows it bare."""
     return rollout(LatentDynamics(n, d, alpha=0.0, beta=0.0, episode_length=10**9, seed=seed), rows - 1)[0]
-
-
-@pytest.mark.parametrize("isa", OTHER_ISAS)
-def test_under_another_instruction_set(isa):
-    rerun_under(isa, __file__)
 
 
 @pytest.mark.parametrize("device", DEVICES)

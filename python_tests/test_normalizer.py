@@ -6,7 +6,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from conftest import DEVICES, OTHER_ISAS, on, rerun_under, to_numpy
+from conftest import DEVICES, on, to_numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference_stats import ReferenceNormalizer, urlb_rms
@@ -20,11 +20,6 @@ FLOATS = {"float64": 1e-12, "float32": 2e-7, "float16": 2e-7}  # results of halv
 
 def values(rng, shape, dtype, offset=3.0):
     return (offset + rng.standard_normal(shape)).astype(dtype)
-
-
-@pytest.mark.parametrize("isa", OTHER_ISAS)
-def test_under_another_instruction_set(isa):
-    rerun_under(isa, __file__)
 
 
 @pytest.mark.parametrize("device", DEVICES)

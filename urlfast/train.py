@@ -265,8 +265,8 @@ def start(method: str, domain: str, preset: str, config: TrainConfig, *, name: s
         with refusals():
             prepare(agent)
             prepare(trial := make_method(method, config, env))  # thrown away, so that what the run itself uses is as new
-            seconds = seconds_per_update(trial, env)
             replay = agent.make_replay(env.num_envs, config.steps)
+        seconds = seconds_per_update(trial, env)
         saved = {"method": method, "domain": domain, "preset": preset, "config": asdict(config), **noted}
         run = Run.create(config.runs, f"{name or f'{method}-{domain}'}-{config.env.game}-s{config.seed}", saved)
         with run.locked():

@@ -47,7 +47,11 @@ URLFAST_HD static inline Statistic statistic_merge(Statistic a, Statistic b) {
 
 // The state after a batch.
 URLFAST_HD static inline Statistic statistic_update(Statistic state, Statistic batch, StatisticRule rule) {
-  if (rule.mode != StatisticMode::ema_abs) return statistic_merge(state, batch);
+  if (rule.mode != StatisticMode::ema_abs) {
+    state = statistic_merge(state, batch);
+    if (rule.mode == StatisticMode::mean) state.m2 = 0;  // batches come without theirs
+    return state;
+  }
   if (batch.count == 0) return state;
   state.count += batch.count;
   state.mean = rule.momentum * state.mean + (1 - rule.momentum) * batch.mean;

@@ -54,6 +54,7 @@ void normalizer_update_cuda(Statistic* state, void* scratch, StatisticRule rule,
                             DType dtype, int64_t rows, int device, CUstream_st* stream);
 void normalizer_normalize_cuda(const Statistic* state, StatisticRule rule, int64_t features, const void* x, DType dtype,
                                int64_t rows, void* out, int device, CUstream_st* stream);
-void normalizer_merge_cuda(Statistic* state, const Statistic* other, int64_t features, int device, CUstream_st* stream);
+void normalizer_merge_cuda(Statistic* state, const Statistic* other, StatisticRule rule, int64_t features, int device,
+                           CUstream_st* stream);
 
 }  // namespace urlfast

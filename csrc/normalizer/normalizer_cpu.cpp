@@ -152,7 +152,7 @@ void Normalizer::merge(const Normalizer& other, CUstream_st* stream) {
   if (device_.cuda && device_ == other.device_) {
     const std::lock_guard<std::mutex> lock(mutex_);
 #ifdef URLFAST_HAS_CUDA
-    normalizer_merge_cuda(state_.get(), other.state_.get(), features_, device_.index, stream);
+    normalizer_merge_cuda(state_.get(), other.state_.get(), rule_, features_, device_.index, stream);
 #endif
     return;
   }
@@ -161,11 +161,11 @@ void Normalizer::merge(const Normalizer& other, CUstream_st* stream) {
   other.read(theirs.data());  // one lock at a time: two threads may merge two normalisers crosswise
   if (device_.cuda) {
     read(ours.data());
-    for (int64_t f = 0; f < features_; ++f) ours[f] = statistic_merge(ours[f], theirs[f]);
+    for (int64_t f = 0; f < features_; ++f) ours[f] = statistic_update(ours[f], theirs[f], rule_);
     return write(ours.data());
   }
   const std::lock_guard<std::mutex> lock(mutex_);
-  for (int64_t f = 0; f < features_; ++f) state_.get()[f] = statistic_merge(state_.get()[f], theirs[f]);
+  for (int64_t f = 0; f < features_; ++f) state_.get()[f] = statistic_update(state_.get()[f], theirs[f], rule_);
 }
 
 void Normalizer::read(Statistic* out) const {
