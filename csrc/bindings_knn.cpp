@@ -108,6 +108,47 @@ Call check(const py::object& queries_in, const py::object& keys_in, int64_t k, c
   return call;
 }
 
+// Where the build has no CUDA no array on a device comes this far.
+void run_knn(const Call& call, void* distances, int64_t* indices) {
+#ifdef URLFAST_HAS_CUDA
+  const Tensor& q = call.queries;
+  if (q.device.cuda) return knn_cuda(call.problem, distances, indices, q.device.index, q.stream());
+#endif
+  knn_cpu(call.problem, distances, indices);
+}
+void run_reward(const Call& call, const KnnReward& reward, void* out) {
+#ifdef URLFAST_HAS_CUDA
+  const Tensor& q = call.queries;
+  if (q.device.cuda) return knn_reward_cuda(call.problem, reward, out, q.device.index, q.stream());
+#endif
+  knn_reward_cpu(call.problem, reward, out);
+}
+
+// Two steps with the statistic between them: the kept distances, then what they amount to.
+void run_reward(const Call& call, const KnnReward& reward, Normalizer& normalizer, bool update, void* kept,
+                int64_t count, void* out) {
+  const KnnProblem& p = call.problem;
+  CUstream_st* const stream = call.queries.stream();
+#ifdef URLFAST_HAS_CUDA
+  const Device& device = call.queries.device;
+  if (device.cuda)
+    knn_kept_cuda(p, reward, kept, device.index, stream);
+  else
+#endif
+    knn_kept_cpu(p, reward, kept);
+  if (update && count > 0)
+    require(normalizer.update(kept, call.result(), count, stream), "normalizer",
+            "cannot take distances above 1e150; the statistic has not changed");
+  std::unique_lock<std::mutex> lock(normalizer.mutex());
+#ifdef URLFAST_HAS_CUDA
+  if (device.cuda)
+    return knn_finish_cuda(p, reward, kept, normalizer.state(), normalizer.rule(), out, device.index, stream);
+#endif
+  const Statistic state = *normalizer.state();
+  lock.unlock();
+  knn_finish_cpu(p, reward, kept, state, normalizer.rule(), out);
+}
+
 py::tuple knn(const py::object& queries, const py::object& keys, int64_t k, const py::object& lengths,
               bool include_self) {
   const Call call = check(queries, keys, k, lengths, include_self, "queries", "keys");
@@ -115,27 +156,9 @@ py::tuple knn(const py::object& queries, const py::object& keys, int64_t k, cons
   const Output indices = output_like(call.queries, DType::i64, call.shape(true));
   {
     const py::gil_scoped_release unlocked;
-    knn_cpu(call.problem, distances.view.data, indices.view.as<int64_t>());
+    run_knn(call, distances.view.data, indices.view.as<int64_t>());
   }
   return py::make_tuple(distances.result(), indices.result());
-}
-
-// Two steps with the statistic between them: the kept distances, then what they amount to.
-void reward_with_statistic(const Call& call, const KnnReward& reward, Normalizer& normalizer, bool update, void* out) {
-  const KnnProblem& p = call.problem;
-  int64_t count = 0;
-  for (int64_t s = 0; s < p.problems; ++s) count += p.num_queries * knn_kept(p, reward, s);
-  const std::unique_ptr<char[]> kept(new char[size_t(count * item_size(call.result()))]);
-  knn_kept_cpu(p, reward, kept.get());
-  if (update && count > 0)
-    require(normalizer.update(kept.get(), call.result(), count, nullptr), "normalizer",
-            "cannot take distances above 1e150; the statistic has not changed");
-  Statistic state;
-  {
-    const std::lock_guard<std::mutex> lock(normalizer.mutex());
-    state = *normalizer.state();
-  }
-  knn_finish_cpu(p, reward, kept.get(), state, normalizer.rule(), out);
 }
 
 py::object knn_reward(const py::object& z, int64_t k, const py::object& memory, const py::object& lengths,
@@ -157,12 +180,17 @@ py::object knn_reward(const py::object& z, int64_t k, const py::object& memory, 
   }
   const KnnReward reward{reduction == "kth", exponent, c};
   const Output out = output_like(call.queries, call.result(), call.shape(false));
-  {
+  if (!normalizer) {
     const py::gil_scoped_release unlocked;
-    if (normalizer)
-      reward_with_statistic(call, reward, *normalizer, update_normalizer, out.view.data);
-    else
-      knn_reward_cpu(call.problem, reward, out.view.data);
+    run_reward(call, reward, out.view.data);
+  } else {
+    int64_t count = 0;
+    for (int64_t s = 0; s < call.problem.problems; ++s)
+      count += call.problem.num_queries * knn_kept(call.problem, reward, s);
+    // From z's library, whose allocator knows the stream: it may be let go while the device still works on it.
+    const Output kept = output_like(call.queries, call.result(), {count});
+    const py::gil_scoped_release unlocked;
+    run_reward(call, reward, *normalizer, update_normalizer, kept.view.data, count, out.view.data);
   }
   return out.result();
 }

@@ -68,11 +68,11 @@ class Column {
     column_ = {view.data, view.strides[0] * item_size(dtype)};
   }
   int64_t count() const { return count_; }
-  ReplayRows::Column rows() const { return column_; }
+  ReplayColumn rows() const { return column_; }
 
  private:
   std::optional<Tensor> held_;  // keeps what came by DLPack
-  ReplayRows::Column column_;
+  ReplayColumn column_;
   int64_t count_ = 0;
 };
 
@@ -289,30 +289,16 @@ class PyReplay {
   void update_priorities(py::object indices_in, py::object td_in, py::object mask_in) {
     const auto replay = alive();
     const ReplayConfig& config = replay->config();
-    const Tensor indices(indices_in, "indices");
-    indices.require_dtype({DType::i64});
-    require(indices.rank == 1 && !indices.device.cuda, "indices", "must be one-dimensional and on the CPU, got shape ",
-            indices.shape_text());
-    indices.require_contiguous();
-    const int64_t batch = indices.size(0);
+    const Column indices(indices_in, "indices", DType::i64, {}, -1);
+    const int64_t batch = indices.count();
     const bool windows = config.shape.n_step > 0;
     const int64_t steps = windows ? 1 : config.shape.length - 1 - config.shape.burn_in;
-    auto check = [&](const Tensor& t, DType dtype) {
-      t.require_dtype({dtype});
-      require(!t.device.cuda, t.name(), "must lie on the CPU, got ", t.device.name());
-      require(t.size(0) == batch && (windows ? t.rank == 1 : t.rank == 2 && t.size(1) == steps), t.name(),
-              "must have shape (", batch, windows ? ",)" : text(", ", steps, ")"), ", got ", t.shape_text());
-      t.require_contiguous();
-    };
-    const Tensor td(td_in, "td");
-    check(td, DType::f32);
-    std::optional<Tensor> mask;
-    if (!mask_in.is_none()) {
-      mask.emplace(mask_in, "mask");
-      check(*mask, DType::boolean);
-    }
+    const std::vector<int64_t> shape(windows ? 0 : 1, steps);
+    const Column td(td_in, "td", DType::f32, shape, batch);
+    std::optional<Column> mask;
+    if (!mask_in.is_none()) mask.emplace(mask_in, "mask", DType::boolean, shape, batch);
     py::gil_scoped_release unlocked;
-    replay->update_priorities(batch, steps, indices.as<int64_t>(), td.as<float>(), mask ? mask->as<bool>() : nullptr);
+    replay->update_priorities(batch, steps, indices.rows(), td.rows(), mask ? mask->rows() : ReplayColumn{});
   }
 
   py::tuple save(const std::string& rows_path, const std::string& state_path, const std::vector<int64_t>& from) {
@@ -423,6 +409,7 @@ void bind_replay(py::module_& m) {
       .def("size", [](PyReplay& r) { return r.ask(&Replay::size); })
       .def("sampleable", [](PyReplay& r) { return r.ask(&Replay::sampleable); })
       .def("stale_updates", [](PyReplay& r) { return r.ask(&Replay::stale_updates); })
+      .def("totals", [](PyReplay& r) { return r.ask(&Replay::totals); })
       .def("bytes", &PyReplay::bytes)
       .def("capacity", &PyReplay::capacity)
       .def_property_readonly("closed", &PyReplay::closed);

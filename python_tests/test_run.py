@@ -20,15 +20,15 @@ def run(tmp_path):
     return Run.create(tmp_path / "runs", "toy-corridor-pong-s1", {"method": "toy"})
 
 
-HOLDER = """
+HOLDER = r"""
 import sys, time, os
 from urlfast.run import Run
 with Run(sys.argv[1]).locked():
     if sys.argv[2] == "fork" and os.fork() == 0:
-        print("child", flush=True)
+        os.write(1, b"child\n")
         time.sleep(60)
         os._exit(0)
-    print("held", flush=True)
+    os.write(1, b"held\n")
     time.sleep(60)
 """
 
@@ -89,7 +89,7 @@ def test_a_json_file_is_replaced_whole_or_not_at_all(tmp_path):
 @dataclass(frozen=True)
 class Inner:
     lr: float = 0.1
-    widths: tuple[int, ...] = (1, 2)
+    widths: tuple[tuple[int, int], ...] = ((1, 2), (3, 4))
 
 
 @dataclass(frozen=True)
@@ -100,11 +100,11 @@ class Outer:
 
 
 def test_a_config_comes_back_from_json():
-    config = Outer(method=Inner(0.2, (3,)), num_envs=4)
+    config = Outer(method=Inner(0.2, ((5, 6),)), num_envs=4)
     from dataclasses import asdict
 
     assert from_dict(Outer(), json.loads(json.dumps(asdict(config)))) == config
-    assert flat(config) == {"lr": 0.2, "widths": (3,), "env.lr": 0.1, "env.widths": (1, 2), "num-envs": 4}
+    assert flat(config) == {"lr": 0.2, "widths": ((5, 6),), "env.lr": 0.1, "env.widths": ((1, 2), (3, 4)), "num-envs": 4}
     with pytest.raises(UserError, match="unknown option 'num_env' of Outer, did you mean 'num_envs'"):
         from_dict(Outer(), {"num_env": 3})
 

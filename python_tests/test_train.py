@@ -80,6 +80,7 @@ def test_a_resumed_run_equals_one_that_was_not_interrupted(finished, tmp_path, m
     assert read_latest(folder).step == 70
     assert train.run_train(["--resume", str(folder)]) == 0
     mine, theirs = final(Run(folder)), final(finished)
+    assert [line["step"] for line in read_metrics(folder)] == list(range(10, 201, 10))
     for state in (mine, theirs):
         del state["seconds"], state["rng"]
     assert_equal(mine, theirs)
@@ -121,6 +122,7 @@ def test_killed_twice_and_resumed_no_step_is_lost_or_counted_twice(tmp_path):
     (folder,) = tmp_path.iterdir()
     process = begin("--resume", str(folder), TOY_SLOW="0.02")
     wait_for(lambda: list(folder.glob("checkpoints/step-000000120")), process)
+    process.send_signal(signal.SIGSTOP)
     refused = subprocess.run([*toy_run.COMMAND, "--resume", str(folder)], env=toy_run.environment(), capture_output=True, text=True)
     assert refused.returncode == 1 and refused.stderr == f"urlfast train: {folder} is in use by process {process.pid}\n"
     process.kill()

@@ -4,7 +4,7 @@ from pkgutil import extend_path
 
 __path__ = extend_path(__path__, __name__)  # inside a checkout, the Python files are the checkout's and the extension is the installed one
 
-from urlfast.ops import (  # noqa: E402
+from urlfast.ops import (
     Batch,
     Field,
     LatentDynamics,

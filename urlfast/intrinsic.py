@@ -16,7 +16,7 @@ class ParticleConfig:
     k: int = 16  # neighbours, the particle itself among them as in every release [mini_apt on Atari; urlb takes 12 on DMC]
     neighbours: Literal["mean", "kth"] = "mean"  # mean over the k, or the k-th alone
     c: float = 1.0  # [APT, eq. 4]
-    scale: Literal["distance-mean", "distance-var", "reward-mean", "none"] = "distance-mean"
+    scale: Literal["distance-mean", "distance-var", "reward-mean", "none"] = "distance-mean"  # running statistic that divides
     # distance-mean, -var: distances over their running mean (URLB's PBE) or variance (mini_apt, CIC), before the log;
     # reward-mean: the reward over its own running mean, after the log, as APT's text says
     clip: float = 0.0  # subtracted from the scaled distances, floored at 0 [urlb 0 or 1e-4, mini_apt 5e-4]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import operator
 import os
 import re
 import sys
@@ -236,18 +237,26 @@ class SequenceReplay:
         fields, ring, path = options.pop("fields"), options.pop("ring"), options.pop("path")
         if not isinstance(fields, dict) or not all(isinstance(name, str) and isinstance(f, Field) for name, f in fields.items()):
             raise TypeError("fields: must be a dict of str to urlfast.Field")
-        for name, f in fields.items():
-            if not name.isidentifier() or name.startswith("_"):
-                raise ValueError(f"fields: '{name}' must be an identifier without a leading underscore")
-            if not isinstance(f.shape, tuple):
-                raise TypeError(f"fields: '{name}' must have a tuple as its shape, got {f.shape!r}")
-        if not isinstance(ring, int) or not 1 <= ring <= 1024:
+        columns = [_replay_column(name, f) for name, f in fields.items()]
+        for name in ("capacity", "num_streams", "stride", "burn_in", "sequence_length", "n_step", "frame_stack"):
+            if options[name] is not None or name in ("capacity", "num_streams", "stride", "burn_in"):
+                options[name] = _integer(name, options[name])
+        for name in ("gamma", "priority_exponent", "importance_exponent", "eta"):
+            value = options[name]
+            if not isinstance(value, (int, float, np.floating)) and not (value is None and name == "gamma"):
+                raise TypeError(f"{name}: must be a number, got {value!r}")
+            options[name] = None if value is None else float(value)
+        if not isinstance(options["cross_episodes"], (bool, np.bool_)):
+            raise TypeError(f"cross_episodes: must be a bool, got {options['cross_episodes']!r}")
+        if not 1 <= (ring := _integer("ring", ring)) <= 1024:
             raise ValueError(f"ring: must lie in 1..1024, got {ring!r}")
-        if not isinstance(options["seed"], int) or not 0 <= options["seed"] < 2**64:
+        if not isinstance(options["seed"], (int, np.integer)) or not 0 <= options["seed"] < 2**64:
             raise ValueError(f"seed: must lie in 0..2^64-1, got {options['seed']!r}")
+        options["seed"], options["cross_episodes"] = int(options["seed"]), bool(options["cross_episodes"])
+        if options["storage"] not in ("memory", "file"):
+            raise ValueError(f"storage: must be 'memory' or 'file', got {options['storage']!r}")
         if path is not None and options["storage"] == "memory":
             raise ValueError("path: is for storage='file'")
-        columns = [(name, list(f.shape), np.dtype(f.dtype).name, f.every) for name, f in fields.items()]
         scratch = os.fspath(path) if path is not None else tempfile.gettempdir()
         self._core = _core.SequenceReplay(options.pop("capacity"), columns, path=scratch, expected_rows=expected_rows, **options)
         self._options = {**options, "capacity": self._core.capacity(), "fields": fields, "ring": ring}
@@ -276,11 +285,11 @@ class SequenceReplay:
         Every batch has indices int64 (the item; for update_priorities), probability and weight float32, [B].
         """
         if out is not None:
-            buffers, arrays, frames = self._views(self._core.into(B, dict(out)))
+            buffers, arrays, frames = self._views(self._core.into(_integer("B", B), dict(out)))
         else:
             place, self._next = self._next, (self._next + 1) % len(self._ring)
             if self._ring[place] is None or self._ring[place][0].batch != B:
-                self._ring[place] = self._views(self._core.empty(B))
+                self._ring[place] = self._views(self._core.empty(_integer("B", B)))
             buffers, arrays, frames = self._ring[place]
         self._core.sample(buffers)
         return Batch(arrays, frames)
@@ -297,7 +306,7 @@ class SequenceReplay:
 
     def layout(self, B: int) -> dict[str, tuple[tuple[int, ...], str]]:
         """{name: (shape, dtype)} of the arrays behind a batch of B, for `out`; stacked observations stand as single frames."""
-        return {name: (shape, dtype) for name, shape, dtype in self._core.layout(B)}
+        return {name: (shape, dtype) for name, shape, dtype in self._core.layout(_integer("B", B))}
 
     def update_priorities(self, indices, td, mask=None) -> None:
         """Set the priorities of sampled items from their errors; with priority_exponent = 0 they are only checked.
@@ -430,13 +439,16 @@ class SequenceReplay:
             held = sum(min(n, options["capacity"] // options["num_streams"]) for n in end)
             files = [(s["file"], s["begin"], s["end"], s["size"], s["crc32c"]) for s in segments]
             last = (state["file"], state["size"], state["crc32c"])
+            for name, *numbers in [*files, last]:
+                if not _REPLAY_FILE.fullmatch(name):
+                    raise ValueError(f"names a file that no replay writes: {name!r}")
+                for n in np.hstack([np.array(x, dtype=object) for x in numbers]):
+                    if not (isinstance(n, int) and 0 <= n < 2**48):
+                        raise ValueError(f"says {n!r} where rows, bytes or a checksum belong")
+            replay = cls.__new__(cls)
+            replay._open(options, read_only, held if read_only else -1)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"{source}: is not the manifest of a saved replay ({error!r})") from error
-        for name in [f[0] for f in files] + [last[0]]:
-            if not (isinstance(name, str) and _REPLAY_FILE.fullmatch(name)):
-                raise ValueError(f"{source}: names a file that no replay writes: {name!r}")
-        replay = cls.__new__(cls)
-        replay._open(options, read_only, held if read_only else -1)
+            raise ValueError(f"{source}: is not the manifest of a saved replay: {error}") from error
         for name, *rest in files:
             replay._core.load_rows(os.path.join(folder, name), *rest)
         replay._core.load_state(os.path.join(folder, last[0]), *last[1:])
@@ -457,6 +469,28 @@ class SequenceReplay:
         for name in gone:
             os.unlink(os.path.join(folder, name))
         return gone
+
+
+def _integer(name: str, value) -> int:
+    """`value` as an int that fits the native core, whose own checks then name what they accept."""
+    try:
+        return min(max(operator.index(value), -(2**62)), 2**62)
+    except TypeError:
+        raise TypeError(f"{name}: must be an int, got {value!r}") from None
+
+
+def _replay_column(name: str, f: Field) -> tuple:
+    if not name.isidentifier() or name.startswith("_"):
+        raise ValueError(f"fields: '{name}' must be an identifier without a leading underscore")
+    if not isinstance(f.shape, tuple) or not all(isinstance(n, (int, np.integer)) for n in f.shape):
+        raise TypeError(f"fields: '{name}' must have a tuple of ints as its shape, got {f.shape!r}")
+    if not isinstance(f.every, (int, np.integer)):
+        raise TypeError(f"fields: '{name}' must have an int every, got {f.every!r}")
+    try:
+        dtype = np.dtype(f.dtype)
+    except TypeError:
+        raise TypeError(f"fields: '{name}' must have a NumPy dtype, got {f.dtype!r}") from None
+    return name, [_integer("shape", n) for n in f.shape], dtype.name, _integer("every", f.every)
 
 
 _REPLAY_FILE = re.compile(r"(?:rows|state)-(\d{6,})-[0-9a-f]{12}\.bin")

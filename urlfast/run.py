@@ -46,6 +46,9 @@ def command(name: str, main: Callable[[list[str]], int | None], argv: Sequence[s
     except UserError as error:
         print(f"urlfast {name}: {error}", file=sys.stderr)
         status = 2 if isinstance(error, UsageError) else 1
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        status = 1
     except OSError as error:
         if error.errno not in FULL_DISK:
             raise
@@ -129,7 +132,7 @@ def from_dict(default, values: dict):
 def _like(default, value):
     if is_dataclass(default):
         return from_dict(default, value)
-    return tuple(value) if isinstance(value, list) else value
+    return tuple(_like(None, entry) for entry in value) if isinstance(value, list) else value
 
 
 def flat(config, prefix: str = "") -> dict:

@@ -87,13 +87,15 @@ def train(run: Run, config: TrainConfig, method, env, replay, counters: Counters
 
         def log():
             counters.seconds = time.monotonic() - began
-            line = window.close(counters, env.action_repeat)
-            metrics.log(line)
-            progress.log(line)
+            if counters.steps > window.begin:  # not where an interrupt came while every environment was reset
+                line = window.close(counters, env.action_repeat)
+                metrics.log(line)
+                progress.log(line)
 
         def save():
             metrics.sync()
-            checkpoints.save(counters.steps, {**vars(counters), "method": method.state_dict(), "rng": torch.get_rng_state()}, replay)
+            if counters.steps != checkpoints.step:
+                checkpoints.save(counters.steps, {**vars(counters), "method": method.state_dict(), "rng": torch.get_rng_state()}, replay)
 
         def pay():
             for _ in range(updates_owed(counters, method.config)):
@@ -152,14 +154,14 @@ class Window:
     """What the next line of metrics.jsonl averages. Sums stay on the device: only the line waits for it."""
 
     def __init__(self, counters: Counters):
-        self._begin(counters)
+        self._empty(counters)
 
-    def _begin(self, counters: Counters) -> None:
+    def _empty(self, counters: Counters) -> None:
         self._sums: dict[str, Any] = {}
         self._counts: dict[str, int] = {}
         self._scores: list[float] = []
         self._lengths: list[int] = []
-        self._steps, self._time = counters.steps, time.monotonic()
+        self.begin, self._time = counters.steps, time.monotonic()
 
     def add(self, metrics: dict) -> None:
         for name, value in metrics.items():
@@ -171,7 +173,7 @@ class Window:
         self._lengths += step.length[step.is_last].tolist()
 
     def rate(self, counters: Counters) -> float:
-        return (counters.steps - self._steps) / max(time.monotonic() - self._time, 1e-9)
+        return (counters.steps - self.begin) / max(time.monotonic() - self._time, 1e-9)
 
     def close(self, counters: Counters, action_repeat: int) -> dict:
         """The line, and a new window."""
@@ -188,7 +190,7 @@ class Window:
         for name, total in self._sums.items():
             mean = total / self._counts[name]
             line[name] = mean.tolist() if hasattr(mean, "tolist") else mean
-        self._begin(counters)
+        self._empty(counters)
         return line
 
 
@@ -263,8 +265,8 @@ def start(method: str, domain: str, preset: str, config: TrainConfig, *, name: s
         with refusals():
             prepare(agent)
             prepare(trial := make_method(method, config, env))  # thrown away, so that what the run itself uses is as new
-            seconds = seconds_per_update(trial, env)
             replay = agent.make_replay(env.num_envs, config.steps)
+        seconds = seconds_per_update(trial, env)
         saved = {"method": method, "domain": domain, "preset": preset, "config": asdict(config), **noted}
         run = Run.create(config.runs, f"{name or f'{method}-{domain}'}-{config.env.game}-s{config.seed}", saved)
         with run.locked():

@@ -58,4 +58,13 @@ void knn_kept_cpu(const KnnProblem& p, const KnnReward& reward, void* kept);
 void knn_finish_cpu(const KnnProblem& p, const KnnReward& reward, const void* kept, Statistic state, StatisticRule rule,
                     void* out);
 
+// The same on a device: nothing waits for it, lengths are taken before the call returns, and NaN and infinity are not
+// looked for: they make the distances that they touch infinite or NaN, which come last.
+void knn_cuda(const KnnProblem& p, void* distances, int64_t* indices, int device, CUstream_st* stream);
+void knn_reward_cuda(const KnnProblem& p, const KnnReward& reward, void* out, int device, CUstream_st* stream);
+void knn_kept_cuda(const KnnProblem& p, const KnnReward& reward, void* kept, int device, CUstream_st* stream);
+// state: on the device.
+void knn_finish_cuda(const KnnProblem& p, const KnnReward& reward, const void* kept, const Statistic* state,
+                     StatisticRule rule, void* out, int device, CUstream_st* stream);
+
 }  // namespace urlfast

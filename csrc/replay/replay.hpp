@@ -6,6 +6,7 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "common/tensor.hpp"
@@ -45,17 +46,22 @@ struct ReplayOutput {
   std::vector<int64_t> shape;
 };
 
-// Rows to append, row i to stream streams[i] (null: row i to stream i). Each row is contiguous; `step` bytes lie
-// between rows. fields in the order of the configuration.
+// An array whose rows are contiguous each, `step` bytes apart.
+struct ReplayColumn {
+  const void* data = nullptr;
+  int64_t step = 0;
+  template <class T>
+  const T* row(int64_t i) const {
+    return reinterpret_cast<const T*>(static_cast<const char*>(data) + i * step);
+  }
+};
+
+// Rows to append, row i to stream streams[i] (null: row i to stream i); fields in the order of the configuration.
 struct ReplayRows {
-  struct Column {
-    const void* data = nullptr;
-    int64_t step = 0;
-  };
   int64_t count = 0;
   const int64_t* streams = nullptr;
-  std::vector<Column> fields;
-  Column reward, terminated, is_first, is_last,
+  std::vector<ReplayColumn> fields;
+  ReplayColumn reward, terminated, is_first, is_last,
       priority;  // priority.data null: every new item gets the highest one seen
 };
 
@@ -87,15 +93,17 @@ class Replay {
   virtual int64_t size() = 0;        // rows held
   virtual int64_t sampleable() = 0;  // items that can be drawn
   virtual int64_t stale_updates() = 0;
+  virtual std::pair<uint64_t, uint64_t> totals() = 0;  // the tree's root, and the sum over its leaves: always equal
   virtual std::vector<ReplayOutput> layout(int64_t batch) const = 0;
 
   // Throws std::invalid_argument, and appends nothing, when is_first does not follow is_last.
   virtual void add(const ReplayRows& rows) = 0;
   // out: one pointer for each entry of layout(batch).
   virtual void sample(int64_t batch, void* const* out) = 0;
-  // td: (batch, steps), mask: the same or null. steps = 1 for n-step items, length - 1 - burn_in for sequences.
-  virtual void update_priorities(int64_t batch, int64_t steps, const int64_t* indices, const float* td,
-                                 const bool* mask) = 0;
+  // indices: int64, td: float (batch, steps), mask: bool, like td, or null. steps = 1 for n-step items and
+  // length - 1 - burn_in for sequences.
+  virtual void update_priorities(int64_t batch, int64_t steps, ReplayColumn indices, ReplayColumn td,
+                                 ReplayColumn mask) = 0;
 
   // Writes the rows from `from` on (what is still held of them) to one file and everything else to another. An empty
   // rows_path: state alone. Both are synced; a file that could not be completed is removed.

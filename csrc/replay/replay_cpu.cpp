@@ -19,10 +19,12 @@
 namespace urlfast {
 namespace {
 
-constexpr int64_t kMaxSpare = 64;          // rows a stream may grow by while a batch is being read
-constexpr int64_t kStreamRow = 1024;       // smaller rows lose by non-temporal stores
-constexpr int64_t kStreamBatch = 1 << 20;  // as do batches that stay in L2
-constexpr int64_t kGrain = 1 << 17;        // bytes of a batch worth a thread
+constexpr int64_t kMaxSpare = 64;  // rows a stream may grow by while a batch is being read
+// Non-temporal stores: rows below 1 kB lose by them, and a batch that the caches hold is read from there (2 MB of
+// frames copied and then read once: 150 us without, 200 with; 29 MB: 4200 and 3500).
+constexpr int64_t kStreamRow = 1 << 10;
+constexpr int64_t kStreamBatch = 4 << 20;
+constexpr int64_t kGrain = 1 << 17;  // bytes of a batch worth a thread
 constexpr uint64_t kPhiloxStream = uint64_t('R') << 56;
 constexpr char kRowsMagic[9] = "URLFRPR1", kStateMagic[9] = "URLFRPS1";
 
@@ -45,6 +47,12 @@ void copy_past_caches(char* to, const char* from, size_t bytes) {
   std::memcpy(to, from, bytes);
 }
 
+void prefetch(const char* address) {  // any address: it never faults
+#if defined(__GNUC__)
+  __builtin_prefetch(address);
+#endif
+}
+
 void fence() {
 #if defined(__SSE2__)
   _mm_sfence();  // non-temporal stores become visible before the batch is handed over
@@ -60,8 +68,47 @@ void copy_small(char* to, const char* from, size_t bytes) {
     std::memcpy(to, from, bytes);
 }
 
+struct Errors {
+  double sum = 0;  // not finite when one of them is not
+  float most = 0;
+  int64_t count = 0;
+};
+
+// Eight lanes, so that the compiler need not reorder sums to use its vectors; the order is the same on every machine.
+Errors errors_in(const float* td, int64_t n) {
+  constexpr int kLanes = 8;
+  double sum[kLanes] = {};
+  float most[kLanes] = {};
+  int64_t j = 0;
+  for (; j + kLanes <= n; j += kLanes)
+    for (int l = 0; l < kLanes; ++l) {
+      const float d = std::fabs(td[j + l]);
+      sum[l] += double(d);
+      most[l] = most[l] > d ? most[l] : d;
+    }
+  for (; j < n; ++j) {
+    const float d = std::fabs(td[j]);
+    sum[j % kLanes] += double(d);
+    most[j % kLanes] = most[j % kLanes] > d ? most[j % kLanes] : d;
+  }
+  Errors e{0, 0, n};
+  for (int l = 0; l < kLanes; ++l) e.sum += sum[l], e.most = e.most > most[l] ? e.most : most[l];
+  return e;
+}
+
+Errors errors_where(const float* td, const bool* mask, int64_t n) {
+  Errors e;
+  for (int64_t j = 0; j < n; ++j) {
+    if (!mask[j]) continue;
+    const float d = std::fabs(td[j]);
+    e.sum += double(d), e.most = e.most > d ? e.most : d, ++e.count;
+  }
+  return e;
+}
+
 struct Item {
   int64_t stream, t;
+  int64_t place;       // t % ring
   int64_t rows;        // of the sequence; steps of the n-step window
   int64_t before;      // frames of the stack before t that its episode has
   int64_t before_end;  // the same for the row `rows` steps later (n-step)
@@ -110,6 +157,7 @@ class ReplayCpu final : public Replay {
     if (any_at_starts_) entries_ = Pages(slots_ * 4);
     tree_.nodes = reinterpret_cast<uint64_t*>(nodes_.data());
     index_ = std::make_unique<ReplayIndex>(shape, reinterpret_cast<uint8_t*>(flags_.data()));
+    outputs_ = layout(1).size();
     loaded_from_.assign(size_t(shape.streams), 0);
     loaded_to_.assign(size_t(shape.streams), 0);
   }
@@ -131,6 +179,13 @@ class ReplayCpu final : public Replay {
   int64_t stale_updates() override {
     std::lock_guard<std::mutex> lock(mutex_);
     return stale_;
+  }
+
+  std::pair<uint64_t, uint64_t> totals() override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    uint64_t sum = 0;
+    for (int64_t i = 0; i < slots_; ++i) sum += tree_.leaf(i);
+    return {tree_.total(), sum};
   }
 
   std::vector<ReplayOutput> layout(int64_t batch) const override {
@@ -168,37 +223,40 @@ class ReplayCpu final : public Replay {
   void add(const ReplayRows& rows) override {
     std::unique_lock<std::mutex> lock(mutex_);
     check_rows(rows);
-    idle_.wait(lock, [&] { return !reading_ || !would_overwrite(rows); });
+    if (reading_ && would_overwrite(rows)) {
+      idle_.wait(lock, [&] { return !reading_ || !would_overwrite(rows); });
+      check_rows(rows);  // another adder may have come first
+    }
     for (int64_t i = 0; i < rows.count; ++i) {
       const int64_t s = rows.streams ? rows.streams[i] : i;
       const int64_t slot = index_->slot(s, index_->head(s));
       for (size_t c = 0; c < columns_.size(); ++c) {
         if (config_.fields[c].at_starts) continue;
         const int64_t n = config_.fields[c].row_bytes();
-        copy_small(columns_[c].data() + slot * n, at<char>(rows.fields[c], i), size_t(n));
+        copy_small(columns_[c].data() + slot * n, rows.fields[c].row<char>(i), size_t(n));
       }
-      reward()[slot] = *at<float>(rows.reward, i);
-      if (given()) given()[slot] = rows.priority.data ? *at<float>(rows.priority, i) : std::nanf("");
+      reward()[slot] = *rows.reward.row<float>(i);
+      if (given()) given()[slot] = rows.priority.data ? *rows.priority.row<float>(i) : std::nanf("");
       const uint8_t flags =
-          uint8_t((*at<bool>(rows.terminated, i) ? kTerminated : 0) | (*at<bool>(rows.is_first, i) ? kFirst : 0) |
-                  (*at<bool>(rows.is_last, i) ? kLast : 0));
+          uint8_t((*rows.terminated.row<bool>(i) ? kTerminated : 0) | (*rows.is_first.row<bool>(i) ? kFirst : 0) |
+                  (*rows.is_last.row<bool>(i) ? kLast : 0));
       index_->append(s, flags, [&](int64_t t, bool ready) { change(s, t, ready); });
       if (!any_at_starts_) continue;
       place_entry(slot);
       if (entries()[slot] == 0) continue;
       for (size_t c = 0; c < columns_.size(); ++c)
         if (config_.fields[c].at_starts)
-          std::memcpy(start_row(c, slot), at<char>(rows.fields[c], i), size_t(config_.fields[c].row_bytes()));
+          std::memcpy(start_row(c, slot), rows.fields[c].row<char>(i), size_t(config_.fields[c].row_bytes()));
     }
   }
 
   void sample(int64_t batch, void* const* out) override {
     std::lock_guard<std::mutex> turn(turn_);
-    std::vector<Item> items(static_cast<size_t>(batch));
-    const size_t outputs = layout(batch).size();
-    auto* indices = static_cast<int64_t*>(out[outputs - 3]);
-    auto* probability = static_cast<float*>(out[outputs - 2]);
-    auto* weight = static_cast<float*>(out[outputs - 1]);
+    std::vector<Item>& items = drawn_;
+    items.resize(static_cast<size_t>(batch));
+    auto* indices = static_cast<int64_t*>(out[outputs_ - 3]);
+    auto* probability = static_cast<float*>(out[outputs_ - 2]);
+    auto* weight = static_cast<float*>(out[outputs_ - 1]);
     {
       std::lock_guard<std::mutex> lock(mutex_);
       const uint64_t total = tree_.total();
@@ -228,37 +286,31 @@ class ReplayCpu final : public Replay {
     end_reading();
   }
 
-  void update_priorities(int64_t batch, int64_t steps, const int64_t* indices, const float* td,
-                         const bool* mask) override {
+  void update_priorities(int64_t batch, int64_t steps, ReplayColumn indices, ReplayColumn td,
+                         ReplayColumn mask) override {
     const ReplayShape& shape = config_.shape;
-    std::vector<double> priority(static_cast<size_t>(batch));
     std::lock_guard<std::mutex> lock(mutex_);
+    update_.resize(static_cast<size_t>(batch));
     for (int64_t i = 0; i < batch; ++i) {
-      const int64_t s = indices[i] % shape.streams, t = indices[i] / shape.streams;
-      require(indices[i] >= 0 && t < index_->head(s), "indices", "must be those of a sampled batch, got ", indices[i]);
-      priority[size_t(i)] = -1;
-      if (!holds(s, t)) continue;
-      const FlagRing flags = index_->flags(s);
-      const int64_t rows = shape.n_step ? 2 : sequence_rows(flags, t, shape.length, shape.cross_episodes);
-      double most = 0, sum = 0;
-      int64_t n = 0;
-      for (int64_t j = 0; j < steps; ++j) {
-        const int64_t step = shape.burn_in + j;
-        const bool real = mask ? mask[i * steps + j]
-                               : step + 1 < rows && (!shape.cross_episodes || transition_exists(flags, t + step));
-        if (!real) continue;
-        const double d = std::fabs(double(td[i * steps + j]));
-        require(std::isfinite(d), "td", "must be finite where the mask is set, got ", td[i * steps + j], " in row ", i);
-        most = std::max(most, d), sum += d, ++n;
-      }
-      if (n) priority[size_t(i)] = shape.n_step ? most : config_.eta * most + (1 - config_.eta) * sum / double(n);
+      const int64_t index = *indices.row<int64_t>(i), s = index % shape.streams, t = index / shape.streams;
+      require(index >= 0 && t < index_->head(s), "indices", "must be those of a sampled batch, got ", index);
+      Update& update = update_[size_t(i)];
+      update.priority = -1;
+      update.slot = -1;
+      if (t < index_->tail(s) || tree_.leaf(index_->slot(s, t)) == 0) continue;
+      update.slot = index_->slot(s, t);
+      const Errors e = mask.data ? errors_where(td.row<float>(i), mask.row<bool>(i), steps)
+                                 : errors_of(td.row<float>(i), steps, index_->flags(s), t);
+      require(std::isfinite(e.sum), "td", "must be finite where it counts, got NaN or infinity in row ", i);
+      if (e.count)
+        update.priority =
+            shape.n_step ? double(e.most) : config_.eta * double(e.most) + (1 - config_.eta) * e.sum / double(e.count);
     }
-    for (int64_t i = 0; i < batch; ++i) {
-      const int64_t s = indices[i] % shape.streams, t = indices[i] / shape.streams;
-      if (!holds(s, t))
+    for (const Update& update : update_) {
+      if (update.slot < 0)
         ++stale_;
-      else if (priority[size_t(i)] >= 0 && given())
-        tree_.set(index_->slot(s, t), leaf_of(priority[size_t(i)]));
+      else if (update.priority >= 0 && given())
+        tree_.set(update.slot, leaf_of(update.priority));
     }
   }
 
@@ -378,11 +430,6 @@ class ReplayCpu final : public Replay {
   char* start_row(size_t c, int64_t slot) const {
     return columns_[c].data() + int64_t(entries()[slot] - 1) * config_.fields[c].row_bytes();
   }
-  template <class T>
-  static const T* at(const ReplayRows::Column& column, int64_t i) {
-    return reinterpret_cast<const T*>(static_cast<const char*>(column.data) + i * column.step);
-  }
-
   int64_t memory_bytes(int64_t slots) const {
     const ReplayShape& shape = config_.shape;
     int64_t per_row = 1 + 4 + (config_.priority_exponent > 0 ? 4 : 0) + (any_at_starts_ ? 4 : 0);
@@ -420,16 +467,16 @@ class ReplayCpu final : public Replay {
     for (int64_t i = 0; i < rows.count; ++i) {
       const int64_t s = rows.streams ? rows.streams[i] : i;
       require(s >= 0 && s < streams, "streams", "must lie in 0..", streams - 1, ", got ", s);
-      const bool first = *at<bool>(rows.is_first, i);
+      const bool first = *rows.is_first.row<bool>(i);
       const int64_t head = index_->head(s);
       const bool opened = scratch_[size_t(s)] >= 0 || head > 0;
       const bool closed =
           scratch_[size_t(s)] >= 0 ? scratch_[size_t(s)] != 0 : opened && (index_->flags(s)[head - 1] & kLast) != 0;
       require(first || opened, "is_first", "must be True in the first row of a stream; stream ", s, " has none yet");
       require(first || !closed, "is_first", "must be True in the row after an is_last; in stream ", s, " it is not");
-      scratch_[size_t(s)] = *at<bool>(rows.is_last, i) ? 1 : 0;
+      scratch_[size_t(s)] = *rows.is_last.row<bool>(i) ? 1 : 0;
       if (rows.priority.data) {
-        const float p = *at<float>(rows.priority, i);
+        const float p = *rows.priority.row<float>(i);
         require(std::isnan(p) || (p >= 0 && std::isfinite(p)), "priority",
                 "must be finite and not negative, or NaN for the highest seen, got ", p);
       }
@@ -459,7 +506,27 @@ class ReplayCpu final : public Replay {
     idle_.notify_all();
   }
 
-  bool holds(int64_t s, int64_t t) const { return t >= index_->tail(s) && tree_.leaf(index_->slot(s, t)) != 0; }
+  struct Update {
+    int64_t slot;     // -1: the item is gone
+    double priority;  // -1: as it is
+  };
+
+  // The errors of the transitions that exist after the burn-in of the item at t.
+  Errors errors_of(const float* td, int64_t steps, FlagRing flags, int64_t t) const {
+    const ReplayShape& shape = config_.shape;
+    if (shape.n_step) return errors_in(td, 1);
+    if (!shape.cross_episodes) {
+      const int64_t rows = sequence_rows(flags, t, shape.length, false);
+      return errors_in(td, std::min(steps, rows - 1 - shape.burn_in));
+    }
+    Errors e;
+    for (int64_t j = 0; j < steps; ++j)
+      if (transition_exists(flags, t + shape.burn_in + j)) {
+        const float d = std::fabs(td[j]);
+        e.sum += double(d), e.most = e.most > d ? e.most : d, ++e.count;
+      }
+    return e;
+  }
 
   uint64_t leaf_of(double priority) {
     max_priority_ = std::max(max_priority_, priority);
@@ -496,6 +563,7 @@ class ReplayCpu final : public Replay {
     Item item{};
     item.stream = slot / shape.ring;
     item.t = index_->row_of_slot(slot);
+    item.place = slot % shape.ring;
     const FlagRing flags = index_->flags(item.stream);
     item.before = frames_before(flags, item.t, shape.stack);
     if (shape.n_step) {
@@ -505,31 +573,45 @@ class ReplayCpu final : public Replay {
       item.rows = sequence_rows(flags, item.t, shape.length, shape.cross_episodes);
     }
     if (any_at_starts_) item.entry = entries()[slot] - 1;
+    for (size_t c = 0; c < columns_.size(); ++c) {  // on their way while the other items are still being drawn
+      if (config_.fields[c].at_starts) continue;
+      const int64_t bytes = config_.fields[c].row_bytes();
+      const char* row = columns_[c].data() + slot * bytes;
+      prefetch(row), prefetch(row + 64);
+      if (shape.n_step && int(c) == config_.observation)
+        prefetch(row + item.rows * bytes), prefetch(row + item.rows * bytes + 64);
+    }
+    prefetch(reinterpret_cast<const char*>(reward() + slot));
     return item;
   }
 
   // body(slot, n) for the one or two contiguous pieces of rows [begin, end) of a stream.
   template <class Body>
   void runs(int64_t s, int64_t begin, int64_t end, Body&& body) const {
+    if (begin < end) pieces(s, begin % config_.shape.ring, end - begin, body);
+  }
+  // The same for `count` rows from `place`, which may lie one turn of the ring too low or too high.
+  template <class Body>
+  void pieces(int64_t s, int64_t place, int64_t count, Body&& body) const {
     const int64_t ring = config_.shape.ring;
-    while (begin < end) {
-      const int64_t position = begin % ring, n = std::min(end - begin, ring - position);
-      body(s * ring + position, n);
-      begin += n;
-    }
+    if (place < 0) place += ring;
+    if (place >= ring) place -= ring;
+    const int64_t n = std::min(count, ring - place);
+    body(s * ring + place, n);
+    if (n < count) body(s * ring, count - n);
   }
 
-  // Rows [begin, end) of a column to `to`, `zeros` rows of zeros in front of them and zeros behind up to `total` rows;
-  // of all that, only the part [part_begin, part_end).
-  void copy_padded(char* to, size_t column, int64_t s, int64_t begin, int64_t end, int64_t zeros, int64_t part_begin,
+  // To `to`: `zeros` rows of zeros, `count` rows of a column from `place` on, zeros again; of all that, only the rows
+  // [part_begin, part_end).
+  void copy_padded(char* to, size_t column, int64_t s, int64_t place, int64_t count, int64_t zeros, int64_t part_begin,
                    int64_t part_end, bool past_caches) const {
     const int64_t bytes = config_.fields[column].row_bytes();
-    const int64_t first = std::max(part_begin, zeros), last = std::min(part_end, zeros + end - begin);
+    const int64_t first = std::max(part_begin, zeros), last = std::min(part_end, zeros + count);
     if (part_begin < zeros)
       std::memset(to + part_begin * bytes, 0, size_t((std::min(zeros, part_end) - part_begin) * bytes));
     char* next = to + first * bytes;
     if (first < last)
-      runs(s, begin + first - zeros, begin + last - zeros, [&](int64_t slot, int64_t n) {
+      pieces(s, place + first - zeros, last - first, [&](int64_t slot, int64_t n) {
         const char* from = columns_[column].data() + slot * bytes;
         if (past_caches)
           copy_past_caches(next, from, size_t(n * bytes));
@@ -537,7 +619,7 @@ class ReplayCpu final : public Replay {
           copy_small(next, from, size_t(n * bytes));
         next += n * bytes;
       });
-    const int64_t tail = std::max(part_begin, zeros + end - begin);
+    const int64_t tail = std::max(part_begin, zeros + count);
     if (tail < part_end) std::memset(to + tail * bytes, 0, size_t((part_end - tail) * bytes));
   }
 
@@ -575,19 +657,18 @@ class ReplayCpu final : public Replay {
       char* to = static_cast<char*>(*out++) + i * frames * bytes;
       char* next = observed ? static_cast<char*>(*out++) + i * frames * bytes : nullptr;
       const bool past_caches = large && bytes >= kStreamRow;
+      const int64_t before = frames > 1 ? item.before : 0, before_end = frames > 1 ? item.before_end : 0;
       if (slice == 0)
-        copy_padded(to, c, item.stream, item.t - (frames > 1 ? item.before : 0), item.t + 1,
-                    frames > 1 ? frames - 1 - item.before : 0, 0, frames, past_caches);
+        copy_padded(to, c, item.stream, item.place - before, before + 1, frames - 1 - before, 0, frames, past_caches);
       else if (observed)
-        copy_padded(next, c, item.stream, item.t + item.rows - (frames > 1 ? item.before_end : 0),
-                    item.t + item.rows + 1, frames > 1 ? frames - 1 - item.before_end : 0, 0, frames, past_caches);
+        copy_padded(next, c, item.stream, item.place + item.rows - before_end, before_end + 1, frames - 1 - before_end,
+                    0, frames, past_caches);
     }
     if (slice != 0) return;
     double sum = 0, discount = 1;
-    for (int64_t j = 0; j < item.rows; ++j) {
-      sum += discount * double(reward()[index_->slot(item.stream, item.t + j)]);
-      discount *= config_.gamma;
-    }
+    pieces(item.stream, item.place, item.rows, [&](int64_t slot, int64_t n) {
+      for (int64_t j = 0; j < n; ++j) sum += discount * double(reward()[slot + j]), discount *= config_.gamma;
+    });
     static_cast<float*>(out[0])[i] = float(sum);
     static_cast<float*>(out[1])[i] = item.terminated ? 0.f : float(discount);
     static_cast<int64_t*>(out[2])[i] = item.rows;
@@ -604,7 +685,7 @@ class ReplayCpu final : public Replay {
       }
       const int64_t extra = stacked(c) ? shape.stack - 1 : 0, before = stacked(c) ? item.before : 0;
       const int64_t total = shape.length + extra;
-      copy_padded(to + i * total * bytes, c, item.stream, item.t - before, item.t + item.rows, extra - before,
+      copy_padded(to + i * total * bytes, c, item.stream, item.place - before, before + item.rows, extra - before,
                   total * slice / slices, total * (slice + 1) / slices, large && bytes >= kStreamRow);
     }
     if (slice != slices - 1) return;
@@ -616,7 +697,8 @@ class ReplayCpu final : public Replay {
     uint8_t previous = kLast;
     for (int64_t j = 0; j < shape.length; ++j) {
       const bool real = j < item.rows;
-      const int64_t slot = index_->slot(item.stream, item.t + (real ? j : 0));
+      const int64_t place = real ? item.place + j : item.place;
+      const int64_t slot = item.stream * shape.ring + (place < shape.ring ? place : place - shape.ring);
       const uint8_t flags = real ? uint8_t(flags_.data()[slot]) : 0;
       rewards[j] = real ? reward()[slot] : 0.f;
       terminated[j] = flags & kTerminated;
@@ -715,6 +797,9 @@ class ReplayCpu final : public Replay {
   uint64_t draws_ = 0;
   std::vector<int32_t> free_entries_;
   int32_t last_entry_ = 0;
+  std::vector<Update> update_;
+  std::vector<Item> drawn_;
+  size_t outputs_ = 0;
   std::vector<int64_t> scratch_, counts_, loaded_from_, loaded_to_;
 
   std::mutex turn_;   // one reader of rows at a time

@@ -6,6 +6,7 @@
 // named by its first row: index = t * streams + s, whose slot is t % ring and whose generation is t / ring.
 #pragma once
 #include <cstdint>
+#include <cstring>
 #include <vector>
 
 #include "common/random.hpp"
@@ -53,23 +54,42 @@ URLFAST_HD static inline bool transition_exists(FlagRing flags, int64_t t) {
 // Steps of the n-step window that starts at t: min(n, steps to the episode's end, steps to a terminated one).
 // The window must be complete, so a row beyond it is looked at only where it is known to be there.
 URLFAST_HD static inline int64_t window_steps(FlagRing flags, int64_t t, int64_t n, bool* terminated) {
-  int64_t m = 0;
+  int64_t place = t % flags.ring;  // one division: this runs for every draw
+  uint8_t flag = flags.flags[place];
   *terminated = false;
-  while (m < n && transition_exists(flags, t + m)) {
-    if (flags[t + m++] & kTerminated) {
+  for (int64_t m = 0; m < n; ++m) {
+    if (flag & kLast) return m;
+    if (++place == flags.ring) place = 0;
+    const uint8_t next = flags.flags[place];
+    if (next & kFirst) return m;
+    if (flag & kTerminated) {
       *terminated = true;
-      break;
+      return m + 1;
     }
+    flag = next;
   }
-  return m;
+  return n;
 }
 
 // Rows of the complete sequence that starts at t: `length`, or fewer where its episode ends.
 URLFAST_HD static inline int64_t sequence_rows(FlagRing flags, int64_t t, int64_t length, bool cross_episodes) {
   if (cross_episodes) return length;
-  int64_t k = 1;
-  while (k < length && transition_exists(flags, t + k - 1)) ++k;
-  return k;
+  int64_t place = t % flags.ring;
+  for (int64_t k = 1; k < length; ++k) {
+#if !defined(__CUDA_ARCH__)
+    for (; k + 8 <= length && place + 9 <= flags.ring; k += 8, place += 8) {  // eight rows at a time where nothing ends
+      uint64_t here, next;
+      std::memcpy(&here, flags.flags + place, 8);
+      std::memcpy(&next, flags.flags + place + 1, 8);
+      if ((here & 0x0101010101010101u * kLast) | (next & 0x0101010101010101u * kFirst)) break;
+    }
+    if (k == length) break;
+#endif
+    if (flags.flags[place] & kLast) return k;
+    if (++place == flags.ring) place = 0;
+    if (flags.flags[place] & kFirst) return k;
+  }
+  return length;
 }
 
 // What one stream is doing. Everything a resumed replay needs besides the flags themselves.

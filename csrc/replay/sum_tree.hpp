@@ -35,8 +35,15 @@ struct SumTree {
     int64_t node = 0;
     for (int level = levels - 2; level >= 0; --level) {
       const uint64_t* child = nodes + offset[level] + (node << kTreeFanoutLog2);
+      uint64_t sum = 0, before = 0;
       int j = 0;
-      while (r >= child[j]) r -= child[j++];
+      for (int k = 0; k < 1 << kTreeFanoutLog2; ++k) {  // no branch to mispredict, so that several draws overlap
+        sum += child[k];
+        const bool past = sum <= r;
+        before = past ? sum : before;
+        j += past;
+      }
+      r -= before;
       node = (node << kTreeFanoutLog2) + j;
     }
     return node;

@@ -5,7 +5,7 @@ The contract, which every learner keeps and no base class enforces:
     act(features, state, explore) -> action, state
         features (N, F) of the current observations; state is the recurrent state, None where the learner has none.
     update(batch, reward, online, target) -> metrics, priorities
-        One gradient step on `reward` (B,). `online` holds M views of o_t, detached leaves whose .grad the learner fills; `target` holds K pairs
-        of views of o_{t+m}: (online-encoded, EMA-encoded). Metrics and priorities are tensors: nothing here waits for the device.
+        One gradient step on `reward` (B,). `online` holds M views of o_t, detached leaves whose .grad the learner fills; `target` holds K
+        pairs of views of o_{t+m}: (online-encoded, EMA-encoded). Metrics and priorities are tensors: nothing here waits for the device.
     state_dict() / load_state_dict(state)
 """

@@ -1,0 +1,73 @@
+"""The commands as a person meets them: in processes of their own, `urlfast X` and `python -m urlfast.X`."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import toy_run
+
+from urlfast import info
+from urlfast.run import flat
+from urlfast.train import PRESETS, parse
+
+
+def urlfast(*arguments, module="urlfast", **variables):
+    command = [sys.executable, "-m", module, *arguments]
+    return subprocess.run(command, env=toy_run.environment(**variables), capture_output=True, text=True)
+
+
+def test_help_names_every_command():
+    done = urlfast("--help")
+    assert done.returncode == 0
+    for command in ("train", "transfer", "evaluate", "report", "info"):
+        assert f"\n  {command} " in done.stdout
+
+
+def test_an_unknown_command_is_answered_with_the_nearest():
+    done = urlfast("trian")
+    assert done.returncode == 1 and done.stderr.startswith("urlfast: unknown command 'trian', did you mean 'train'?")
+
+
+def test_version():
+    assert urlfast("--version").stdout == f"urlfast {info.versions()['urlfast']}\n"
+
+
+@pytest.mark.parametrize("arguments, status, says", [
+    (["train"], 0, "apt"),
+    (["train", "apt", "atari", "--lerner.lr", "1"], 2, "--learner.lr"),
+    (["train", "ptt", "atari"], 2, "urlfast train: unknown method 'ptt', did you mean 'apt'?"),
+    (["train", "apt", "atari", "--env.game", "mspackman"], 1, "ms_pacman"),
+    (["train", "apt", "atari", "--steps", "0"], 2, "steps: must be at least 1, got 0"),
+])  # fmt: skip
+def test_train_says_what_is_wrong(arguments, status, says, tmp_path):
+    done = urlfast(*arguments)
+    assert done.returncode == status
+    assert says in done.stdout + done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("pair", PRESETS)
+def test_help_explains_every_option(pair, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "90")  # one column
+    for preset in PRESETS[pair].values():
+        with pytest.raises(SystemExit):
+            parse(preset, ["--help"], "urlfast train")
+        text = re.sub(r"[│─╭╰╮╯\s]+", " ", capsys.readouterr().out)
+        for option in flat(preset):
+            says = re.search(rf" --{re.escape(option)},? (.*?)\(default: ", text)
+            words = re.sub(r"\{.*?\}|--\S+|[A-Z]+", "", says[1])
+            assert re.search(r"[a-z]{2}", words), f"--{option}: {says[0]}"
+
+
+def test_info():
+    done = urlfast("--json", module="urlfast.info", URLFAST_ISA="baseline", MUJOCO_GL="egl")
+    found = json.loads(done.stdout)
+    assert found["core"]["isa"] == "baseline" and "baseline" in found["core"]["isa_compiled"]
+    assert found["environment"]["URLFAST_ISA"] == "baseline"
+    assert found["atari_roms"] > 50 and found["versions"]["torch"]
+    assert set(found["renderers"]) == {"egl", "osmesa", "glfw"}
+    for says in found["renderers"].values():
+        assert says == "works" or says.startswith(("fails (", "hangs"))
+    text = info.text(found)
+    assert "instruction sets  baseline chosen" in text and "CUDA, core" in text and "ROMs" in text

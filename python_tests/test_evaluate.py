@@ -1,0 +1,130 @@
+"""Evaluation: whose episodes count, what is covered, and what is written, on a world whose scores are known."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import toy_run
+
+from urlfast import evaluate
+from urlfast.envs import Episodes
+from urlfast.evaluate import EvaluateConfig, fingerprints, play, states_at, thinned, uniform
+from urlfast.run import UserError
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return toy_run.new(tmp_path_factory.mktemp("runs"), "--steps", "80")
+
+
+class Lengths:
+    """Environment i plays episodes of i + 2 actions, each paying 1; its RAM counts the actions of the episode."""
+
+    action_repeat = 4
+
+    def __init__(self, num_envs):
+        self.num_envs, self.lengths, self.episodes = num_envs, np.arange(num_envs) + 2, Episodes(num_envs)
+
+    def reset(self, seed):
+        self.at = np.zeros(self.num_envs, np.int64)
+        return self.episodes.reset(self.at, ram=self.ram())
+
+    def step(self, actions):
+        self.at = np.where(self.episodes.is_last, 0, self.at + 1)
+        over = self.at == self.lengths
+        return self.episodes.step(self.at, np.ones(self.num_envs), over, over, ram=self.ram())
+
+    def ram(self):
+        return np.repeat(self.at[:, None], 128, 1).astype(np.uint8)
+
+
+def still(step):
+    return np.zeros(len(step.is_last), np.int64)
+
+
+def test_short_episodes_are_not_favoured():
+    played = play(Lengths(3), still, 12, seed=0)
+    assert sorted(played.lengths) == [2] * 4 + [3] * 4 + [4] * 4
+    assert sorted(played.returns) == sorted(played.lengths)
+    assert played.frames == 4 * sum(played.lengths)
+    assert played.coverage[-1] == (played.frames, 5)  # 0..4 actions into an episode
+
+
+def test_episodes_that_do_not_divide_are_shared_out():
+    assert sorted(play(Lengths(3), still, 4, seed=0).lengths) == [2, 2, 3, 4]
+
+
+def test_playing_on_for_coverage_adds_no_episodes():
+    played = play(Lengths(3), still, 3, seed=0, frames=1000)
+    assert len(played.returns) == 3 and 1000 <= played.frames <= 1012
+
+
+def test_only_the_first_episode_of_the_first_environment_is_watched():
+    watched = []
+    play(Lengths(2), still, 6, seed=0, watch=lambda env: watched.append(env.at[0]))
+    assert watched == [0, 1]
+
+
+def test_states_are_counted_at_the_same_frames():
+    played = SimpleNamespace(coverage=[(0, 1), (100, 11), (200, 13)])
+    assert states_at(played, 50) == 6 and states_at(played, 1000) == 13
+    assert states_at(SimpleNamespace(coverage=[]), 50) is None
+    curve = [(i, i) for i in range(12_345)]
+    assert len(thinned(curve)) <= 501 and thinned(curve)[0] == (0, 0) and thinned(curve)[-1] == curve[-1]
+
+
+def test_fingerprints_tell_single_bits_apart():
+    ram = np.zeros((1 + 128 * 8, 128), np.uint8)
+    ram[1:] = np.packbits(np.eye(128 * 8, dtype=np.uint8), axis=1)
+    assert len(set(fingerprints(ram))) == len(ram)
+
+
+def test_the_random_policy_is_uniform():
+    step = SimpleNamespace(is_last=np.zeros(30_000, bool))
+    counts = np.bincount(uniform(3, np.random.default_rng(0))(step))
+    assert len(counts) == 3 and abs(counts - 10_000).max() < 400
+
+
+def test_results(run, capsys):
+    """Greedy, the toy takes action 1, which pays 3, five times: 15 an episode, and 7.5 at random."""
+    options = EvaluateConfig(run.folder.as_posix(), episodes=40, num_envs=4, epsilon=0.0)
+    assert evaluate.evaluate(options) == 0
+    out = capsys.readouterr().out
+    results = json.loads((run.folder / "results.json").read_text())
+    agent, random = results["evaluations"]
+    assert (agent["policy"], random["policy"]) == ("agent", "random")
+    assert agent["returns"] == [15.0] * 40 and agent["lengths"] == [5] * 40 and agent["step"] == 80 and agent["frames"] == 320
+    assert agent["human_normalised"] == pytest.approx((15 + 20.7) / (14.6 + 20.7))
+    assert 5 < random["mean"] < 10 and random["frames_played"] >= agent["frames_played"] == 800
+    assert agent["unique_states"] == random["unique_states"] == 6
+    assert results["method"] == "toy" and results["game"] == "pong" and results["seed"] == 1
+    assert results["protocol"]["episodes"] == 40 and results["protocol"]["epsilon"] == 0 and not results["protocol"]["life_loss_terminal"]
+    assert results["versions"]["urlfast"] and results["hardware"]
+    assert "15.0" in out and "101.1 %" in out
+
+    import av
+
+    with av.open(str(run.folder / "videos" / "step-000000080.mp4")) as video:
+        frames = list(video.decode(video=0))
+    assert len(frames) == 5 and (frames[0].height, frames[0].width) == (20, 24)
+    assert [round(frame.to_ndarray(format="rgb24").mean(), -1) for frame in frames] == [0, 10, 20, 30, 40]
+
+
+def test_a_second_evaluation_replaces_its_own_and_keeps_the_others(run):
+    for checkpoint, seed in (("40", 3), ("latest", 4), ("latest", 5)):
+        options = EvaluateConfig(run.folder.as_posix(), episodes=2, num_envs=2, checkpoint=checkpoint, seed=seed, video=False)
+        assert evaluate.evaluate(options) == 0
+    found = json.loads((run.folder / "results.json").read_text())["evaluations"]
+    assert sorted((entry["policy"], entry["step"]) for entry in found) == [("agent", 40), ("agent", 80), ("random", 40), ("random", 80)]
+
+
+def test_epsilon_is_the_share_of_random_actions():
+    method = SimpleNamespace(act=lambda step, explore: np.ones(100_000, np.int64))
+    action = evaluate.greedy(method, 0.1, 2, np.random.default_rng(0))(None)
+    assert abs(np.mean(action == 0) - 0.05) < 0.005
+
+
+def test_an_unknown_checkpoint_lists_those_there_are(run):
+    with pytest.raises(UserError, match="none of step 41, did you mean '40'"):
+        evaluate.evaluate(EvaluateConfig(run.folder.as_posix(), checkpoint="41"))

@@ -1,0 +1,70 @@
+"""What a transfer carries over, on the real game and the real methods, for a few steps."""
+
+import pytest
+import torch
+
+from urlfast import train, transfer
+from urlfast.checkpoint import read, read_latest
+from urlfast.run import Run, UsageError, UserError
+
+SMALL = ["--learning-start", "16", "--env.num-envs", "4", "--learner.hidden", "32", "--log-every", "10", "--replay-capacity", "2000"]
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    runs = tmp_path_factory.mktemp("runs")
+    assert train.run_train(["apt", "atari", "--env.game", "pong", "--steps", "40", "--runs", str(runs), *SMALL]) == 0
+    return Run(next(runs.iterdir()))
+
+
+def tuned(pretrained, tmp_path, *options) -> Run:
+    small = ["--steps", "40", "--learning-start", "20", "--log-every", "10", "--replay-capacity", "2000", "--runs", str(tmp_path)]
+    assert transfer.run_transfer([str(pretrained.folder), *small, *options]) == 0
+    return Run(next(tmp_path.iterdir()))
+
+
+def same(mine: dict, theirs: dict) -> bool:
+    return all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("rule, loaded, frozen", [
+    ("whole", {"encoder", "q"}, set()),
+    ("random-head", {"encoder"}, set()),
+    ("frozen-encoder", {"encoder", "q"}, {"encoder"}),
+])  # fmt: skip
+def test_rules(pretrained, tmp_path, capsys, rule, loaded, frozen):
+    run = tuned(pretrained, tmp_path, "--rule", rule)
+    out = capsys.readouterr().out
+    source = read_latest(pretrained.folder).state["method"]
+    first = read(run.folder / "checkpoints" / "step-000000000").state["method"]
+    last = read_latest(run.folder).state["method"]
+    for part in ("encoder", "q"):
+        assert same(first[part], source[part]) == (part in loaded), part
+        assert same(last[part], source[part]) == (part in frozen), part
+        said = "loaded and frozen" if part in frozen else "loaded" if part in loaded else "begins anew"
+        assert any(line.split() == [part, *said.split()] for line in out.splitlines()), out
+    assert run.config["transfer"] == {"run": str(pretrained.folder), "method": "apt", "step": 40, "rule": rule}
+    assert run.name.startswith(f"apt-transfer-{rule}-atari-pong-s1") and run.config["method"] == "drq"
+
+
+def test_a_transfer_is_resumed_as_any_run_and_what_is_frozen_stays_frozen(pretrained, tmp_path):
+    run = tuned(pretrained, tmp_path, "--rule", "frozen-encoder")
+    assert train.run_train(["--resume", str(run.folder), "--steps", "60"]) == 0
+    state = read_latest(run.folder).state
+    assert (state["steps"], state["updates"]) == (60, 40)
+    assert same(state["method"]["encoder"], read_latest(pretrained.folder).state["method"]["encoder"])
+
+
+def test_another_game_has_other_actions(pretrained, tmp_path):
+    with pytest.raises(UserError, match="does not fit"):
+        tuned(pretrained, tmp_path, "--task", "breakout")
+    assert not list(tmp_path.iterdir())
+    run = tuned(pretrained, tmp_path, "--task", "breakout", "--rule", "random-head")
+    assert run.config["config"]["env"]["game"] == "breakout"
+
+
+def test_a_run_is_needed(tmp_path):
+    with pytest.raises(UsageError, match="which run"):
+        transfer.run_transfer([])
+    with pytest.raises(UserError, match="no run"):
+        transfer.run_transfer([str(tmp_path)])
