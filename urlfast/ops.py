@@ -92,6 +92,36 @@ def knn_reward(
     )
 
 
+class EpisodicMemory(_core.EpisodicMemory):
+    """The episodic memories of many actors, kept native: each asks for its nearest earlier embeddings and adds its new one, in one call.
+
+    num_streams actors, each with a ring of `capacity` rows of `dim` float32 on `device` ("cpu" or "cuda[:N]"); memory is taken as rows are
+    written on the CPU, and at once on CUDA (num_streams * capacity * dim * 4 bytes).
+
+    step(embeddings, reset) -> distances (num_streams, k)
+        embeddings: (num_streams, dim) float32, finite, C-contiguous, on `device`. reset: (num_streams,) bool, on `device` or the host.
+        First empties the memories whose reset is set, so reset goes with the first embedding of an episode; then finds each stream's k
+        lowest distances, ascending, Euclidean, ending in infinity while it holds fewer than k rows; then appends, over the oldest row
+        where a memory is full. Distances are float32, in embeddings' library, on its device.
+    lengths()                              rows held by each stream
+    state_dict(), load_state_dict(state)   {"lengths": list, "rows": NumPy (sum of lengths, dim)}, for a memory of the same num_streams and
+                                           dim, and at least the capacity that the rows need
+    On the CPU, NaN or infinity in embeddings is a ValueError and changes nothing. On CUDA nothing waits for the device but state_dict,
+    load_state_dict and lengths, and steps must be ordered by streams.
+    Raises TypeError (no array, dtype), ValueError (everything else), naming the argument.
+    Source: the episodic memory of NGU (Badia et al. 2020), section 3.
+    """
+
+    def __init__(self, num_streams, capacity, dim, *, k=10, device="cpu"):
+        super().__init__(num_streams, capacity, dim, k, device)
+
+    def step(self, embeddings, reset):
+        return super().step(_detached(embeddings), reset)
+
+    def __repr__(self):
+        return f"EpisodicMemory({self.num_streams}, {self.capacity}, {self.dim}, k={self.k}, device={self.device!r})"
+
+
 # normaliser -----------------------------------------------------------------------------------------------------------
 
 
