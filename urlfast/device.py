@@ -35,7 +35,11 @@ class Arithmetic:
         if precision == "bf16" and not has_bf16(device):
             raise ValueError(f"precision: bf16 needs AVX512-BF16, AMX or a GPU of compute capability 8.0, which {device} has not: use fp32")
         bf16 = precision != "fp32" and has_bf16(device)
-        return Arithmetic(device, torch.bfloat16 if bf16 else torch.float32, torch.channels_last)
+        # CPU time of an APT update, channels_last and contiguous, on AVX512-BF16 without AMX: fp32 60.7 and 64.9 ms, bf16 43.3 and 39.1.
+        # There the convolutions gain less than interleaving the four frames of a stack costs. AMX is made for channels_last.
+        contiguous = bf16 and device.type == "cpu" and not torch.cpu._is_amx_tile_supported()
+        layout = torch.contiguous_format if contiguous else torch.channels_last
+        return Arithmetic(device, torch.bfloat16 if bf16 else torch.float32, layout)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
