@@ -155,7 +155,11 @@ def real_names():
         if inspect.isclass(value):
             names[name] = None
             for member, attribute in vars(value).items():
-                if member.startswith("__") and member not in ("__init__", "__len__", "__call__", "__dlpack__", "__dlpack_device__"):
+                if (
+                    member.startswith("_pybind11")
+                    or member.startswith("__")
+                    and member not in ("__init__", "__len__", "__call__", "__dlpack__", "__dlpack_device__")
+                ):
                     continue
                 if callable(attribute) or isinstance(attribute, staticmethod):
                     names[f"{name}.{member}"] = documented(getattr(value, member))
