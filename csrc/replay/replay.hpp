@@ -37,6 +37,8 @@ struct ReplayConfig {
   bool file = false;  // columns in an unlinked file under `path` instead of memory
   std::string path;
   int64_t expected_rows = -1;  // rows that will be touched, for the check against free memory; -1: all
+
+  bool stacked(size_t field) const { return int(field) == observation && shape.stack > 1; }
 };
 
 // One array of a batch.
@@ -94,11 +96,10 @@ class Replay {
   virtual int64_t sampleable() = 0;  // items that can be drawn
   virtual int64_t stale_updates() = 0;
   virtual std::pair<uint64_t, uint64_t> totals() = 0;  // the tree's root, and the sum over its leaves: always equal
-  virtual std::vector<ReplayOutput> layout(int64_t batch) const = 0;
 
   // Throws std::invalid_argument, and appends nothing, when is_first does not follow is_last.
   virtual void add(const ReplayRows& rows) = 0;
-  // out: one pointer for each entry of layout(batch).
+  // out: one pointer for each entry of replay_layout(config(), batch).
   virtual void sample(int64_t batch, void* const* out) = 0;
   // indices: int64, td: float (batch, steps), mask: bool, like td, or null. steps = 1 for n-step items and
   // length - 1 - burn_in for sequences.
@@ -115,7 +116,12 @@ class Replay {
   virtual void load_state(const std::string& path, const ReplaySaved& saved) = 0;
 };
 
-// Checks the configuration, then the memory it takes, then allocates.
+// The arrays of a batch, in the order in which sample takes them; the last three are indices, probability, weight.
+std::vector<ReplayOutput> replay_layout(const ReplayConfig& config, int64_t batch);
+// Throws std::invalid_argument unless these rows can follow those the index has. before: scratch.
+void check_replay_rows(const ReplayIndex& index, const ReplayRows& rows, std::vector<int8_t>& before);
+
+// Takes a configuration that is right in itself (the binding checks it), checks the memory it takes, then allocates.
 std::unique_ptr<Replay> make_replay_cpu(ReplayConfig config);
 
 }  // namespace urlfast

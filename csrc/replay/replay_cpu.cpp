@@ -157,7 +157,7 @@ class ReplayCpu final : public Replay {
     if (any_at_starts_) entries_ = Pages(slots_ * 4);
     tree_.nodes = reinterpret_cast<uint64_t*>(nodes_.data());
     index_ = std::make_unique<ReplayIndex>(shape, reinterpret_cast<uint8_t*>(flags_.data()));
-    outputs_ = layout(1).size();
+    outputs_ = replay_layout(config_, 1).size();
     loaded_from_.assign(size_t(shape.streams), 0);
     loaded_to_.assign(size_t(shape.streams), 0);
   }
@@ -188,44 +188,12 @@ class ReplayCpu final : public Replay {
     return {tree_.total(), sum};
   }
 
-  std::vector<ReplayOutput> layout(int64_t batch) const override {
-    const ReplayShape& shape = config_.shape;
-    const bool windows = shape.n_step > 0;
-    std::vector<ReplayOutput> out;
-    for (size_t i = 0; i < config_.fields.size(); ++i) {
-      const ReplayField& field = config_.fields[i];
-      ReplayOutput o{field.name, field.dtype, {batch}};
-      if (!windows && !field.at_starts) o.shape.push_back(shape.length + (stacked(i) ? shape.stack - 1 : 0));
-      o.shape.insert(o.shape.end(), field.shape.begin(), field.shape.end());
-      if (windows && stacked(i)) o.shape[1] *= shape.stack;
-      out.push_back(o);
-      if (windows && int(i) == config_.observation) {
-        o.name = "next_" + o.name;
-        out.push_back(o);
-      }
-    }
-    if (windows) {
-      out.push_back({"reward", DType::f32, {batch}});
-      out.push_back({"discount", DType::f32, {batch}});
-      out.push_back({"steps", DType::i64, {batch}});
-    } else {
-      out.push_back({"reward", DType::f32, {batch, shape.length}});
-      for (const char* name : {"terminated", "is_first", "is_last"})
-        out.push_back({name, DType::boolean, {batch, shape.length}});
-      out.push_back({"mask", DType::boolean, {batch, shape.length - 1}});
-    }
-    out.push_back({"indices", DType::i64, {batch}});
-    out.push_back({"probability", DType::f32, {batch}});
-    out.push_back({"weight", DType::f32, {batch}});
-    return out;
-  }
-
   void add(const ReplayRows& rows) override {
     std::unique_lock<std::mutex> lock(mutex_);
-    check_rows(rows);
+    check_replay_rows(*index_, rows, scratch_);
     if (reading_ && would_overwrite(rows)) {
       idle_.wait(lock, [&] { return !reading_ || !would_overwrite(rows); });
-      check_rows(rows);  // another adder may have come first
+      check_replay_rows(*index_, rows, scratch_);  // another adder may have come first
     }
     for (int64_t i = 0; i < rows.count; ++i) {
       const int64_t s = rows.streams ? rows.streams[i] : i;
@@ -426,7 +394,6 @@ class ReplayCpu final : public Replay {
   float* reward() const { return reinterpret_cast<float*>(reward_.data()); }
   float* given() const { return reinterpret_cast<float*>(given_.data()); }
   int32_t* entries() const { return reinterpret_cast<int32_t*>(entries_.data()); }  // 1 + the entry; 0: none
-  bool stacked(size_t field) const { return int(field) == config_.observation && config_.shape.stack > 1; }
   char* start_row(size_t c, int64_t slot) const {
     return columns_[c].data() + int64_t(entries()[slot] - 1) * config_.fields[c].row_bytes();
   }
@@ -459,28 +426,6 @@ class ReplayCpu final : public Replay {
                   double(wanted) * 1e-9, double(wanted) / double(std::max<int64_t>(rows, 1)), double(available) * 1e-9);
     throw MemoryShortage(text("capacity: ", config_.shape.streams * config_.shape.rows, " rows take ", numbers,
                               "; use a smaller capacity", config_.file ? "" : ", or storage='file'"));
-  }
-
-  void check_rows(const ReplayRows& rows) {
-    const int64_t streams = config_.shape.streams;
-    scratch_.assign(size_t(streams), -1);  // flags of the row before, where this call brought it
-    for (int64_t i = 0; i < rows.count; ++i) {
-      const int64_t s = rows.streams ? rows.streams[i] : i;
-      require(s >= 0 && s < streams, "streams", "must lie in 0..", streams - 1, ", got ", s);
-      const bool first = *rows.is_first.row<bool>(i);
-      const int64_t head = index_->head(s);
-      const bool opened = scratch_[size_t(s)] >= 0 || head > 0;
-      const bool closed =
-          scratch_[size_t(s)] >= 0 ? scratch_[size_t(s)] != 0 : opened && (index_->flags(s)[head - 1] & kLast) != 0;
-      require(first || opened, "is_first", "must be True in the first row of a stream; stream ", s, " has none yet");
-      require(first || !closed, "is_first", "must be True in the row after an is_last; in stream ", s, " it is not");
-      scratch_[size_t(s)] = *rows.is_last.row<bool>(i) ? 1 : 0;
-      if (rows.priority.data) {
-        const float p = *rows.priority.row<float>(i);
-        require(std::isnan(p) || (p >= 0 && std::isfinite(p)), "priority",
-                "must be finite and not negative, or NaN for the highest seen, got ", p);
-      }
-    }
   }
 
   bool would_overwrite(const ReplayRows& rows) {
@@ -628,7 +573,7 @@ class ReplayCpu final : public Replay {
     const int64_t batch = int64_t(items.size());
     int64_t item_bytes = 64;
     for (size_t c = 0; c < columns_.size(); ++c) {
-      const int64_t frames = shape.n_step ? 2 * (stacked(c) ? shape.stack : 1) : shape.length + shape.stack - 1;
+      const int64_t frames = shape.n_step ? 2 * (config_.stacked(c) ? shape.stack : 1) : shape.length + shape.stack - 1;
       item_bytes += config_.fields[c].row_bytes() * (config_.fields[c].at_starts ? 1 : frames);
     }
     const bool large = batch * item_bytes >= kStreamBatch;
@@ -653,7 +598,7 @@ class ReplayCpu final : public Replay {
     for (size_t c = 0; c < columns_.size(); ++c) {
       const int64_t bytes = config_.fields[c].row_bytes();
       const bool observed = int(c) == config_.observation;
-      const int64_t frames = stacked(c) ? shape.stack : 1;
+      const int64_t frames = config_.stacked(c) ? shape.stack : 1;
       char* to = static_cast<char*>(*out++) + i * frames * bytes;
       char* next = observed ? static_cast<char*>(*out++) + i * frames * bytes : nullptr;
       const bool past_caches = large && bytes >= kStreamRow;
@@ -683,7 +628,7 @@ class ReplayCpu final : public Replay {
         if (slice == 0) std::memcpy(to + i * bytes, columns_[c].data() + item.entry * bytes, size_t(bytes));
         continue;
       }
-      const int64_t extra = stacked(c) ? shape.stack - 1 : 0, before = stacked(c) ? item.before : 0;
+      const int64_t extra = config_.stacked(c) ? shape.stack - 1 : 0, before = config_.stacked(c) ? item.before : 0;
       const int64_t total = shape.length + extra;
       copy_padded(to + i * total * bytes, c, item.stream, item.place - before, before + item.rows, extra - before,
                   total * slice / slices, total * (slice + 1) / slices, large && bytes >= kStreamRow);
@@ -800,7 +745,8 @@ class ReplayCpu final : public Replay {
   std::vector<Update> update_;
   std::vector<Item> drawn_;
   size_t outputs_ = 0;
-  std::vector<int64_t> scratch_, counts_, loaded_from_, loaded_to_;
+  std::vector<int8_t> scratch_;
+  std::vector<int64_t> counts_, loaded_from_, loaded_to_;
 
   std::mutex turn_;   // one reader of rows at a time
   std::mutex mutex_;  // everything but the rows of a reader; taken after turn_
@@ -810,6 +756,60 @@ class ReplayCpu final : public Replay {
 };
 
 }  // namespace
+
+std::vector<ReplayOutput> replay_layout(const ReplayConfig& config, int64_t batch) {
+  const ReplayShape& shape = config.shape;
+  const bool windows = shape.n_step > 0;
+  std::vector<ReplayOutput> out;
+  for (size_t i = 0; i < config.fields.size(); ++i) {
+    const ReplayField& field = config.fields[i];
+    ReplayOutput o{field.name, field.dtype, {batch}};
+    if (!windows && !field.at_starts) o.shape.push_back(shape.length + (config.stacked(i) ? shape.stack - 1 : 0));
+    o.shape.insert(o.shape.end(), field.shape.begin(), field.shape.end());
+    if (windows && config.stacked(i)) o.shape[1] *= shape.stack;
+    out.push_back(o);
+    if (windows && int(i) == config.observation) {
+      o.name = "next_" + o.name;
+      out.push_back(o);
+    }
+  }
+  if (windows) {
+    out.push_back({"reward", DType::f32, {batch}});
+    out.push_back({"discount", DType::f32, {batch}});
+    out.push_back({"steps", DType::i64, {batch}});
+  } else {
+    out.push_back({"reward", DType::f32, {batch, shape.length}});
+    for (const char* name : {"terminated", "is_first", "is_last"})
+      out.push_back({name, DType::boolean, {batch, shape.length}});
+    out.push_back({"mask", DType::boolean, {batch, shape.length - 1}});
+  }
+  out.push_back({"indices", DType::i64, {batch}});
+  out.push_back({"probability", DType::f32, {batch}});
+  out.push_back({"weight", DType::f32, {batch}});
+  return out;
+}
+
+void check_replay_rows(const ReplayIndex& index, const ReplayRows& rows, std::vector<int8_t>& before) {
+  const int64_t streams = index.shape().streams;
+  before.assign(size_t(streams), -1);  // is_last of a stream's row before, where this call brought it
+  for (int64_t i = 0; i < rows.count; ++i) {
+    const int64_t s = rows.streams ? rows.streams[i] : i;
+    require(s >= 0 && s < streams, "streams", "must lie in 0..", streams - 1, ", got ", s);
+    const bool first = *rows.is_first.row<bool>(i);
+    const int64_t head = index.head(s);
+    const bool opened = before[size_t(s)] >= 0 || head > 0;
+    const bool closed =
+        before[size_t(s)] >= 0 ? before[size_t(s)] != 0 : opened && (index.flags(s)[head - 1] & kLast) != 0;
+    require(first || opened, "is_first", "must be True in the first row of a stream; stream ", s, " has none yet");
+    require(first || !closed, "is_first", "must be True in the row after an is_last; in stream ", s, " it is not");
+    before[size_t(s)] = *rows.is_last.row<bool>(i) ? 1 : 0;
+    if (rows.priority.data) {
+      const float p = *rows.priority.row<float>(i);
+      require(std::isnan(p) || (p >= 0 && std::isfinite(p)), "priority",
+              "must be finite and not negative, or NaN for the highest seen, got ", p);
+    }
+  }
+}
 
 std::unique_ptr<Replay> make_replay_cpu(ReplayConfig config) { return std::make_unique<ReplayCpu>(std::move(config)); }
 
