@@ -2,6 +2,7 @@
 #include <memory>
 
 #include "bindings_dlpack.hpp"
+#include "knn/episodic.hpp"
 #include "knn/knn.hpp"
 #include "normalizer/normalizer.hpp"
 
@@ -195,9 +196,91 @@ py::object knn_reward(const py::object& z, int64_t k, const py::object& memory, 
   return out.result();
 }
 
+std::unique_ptr<EpisodicMemory> make_memory(int64_t streams, int64_t capacity, int64_t dim, int64_t k,
+                                            const py::object& device) {
+  constexpr int64_t kMost = int64_t(1) << 31;
+  require(streams >= 1 && streams < kMost, "num_streams", "must lie in 1..2^31 - 1, got ", streams);
+  require(capacity >= 1 && capacity < kMost, "capacity", "must lie in 1..2^31 - 1, got ", capacity);
+  require(dim >= 1 && dim < kMost, "dim", "must lie in 1..2^31 - 1, got ", dim);
+  require(k >= 1 && k < kMost, "k", "must lie in 1..2^31 - 1, got ", k);
+  require(double(streams) * double(capacity) * double(dim) < 0x1p60, "capacity",
+          "asks for more than any memory: ", streams, " x ", capacity, " x ", dim, " float32");
+  const Device where = parse_device(device);
+  const py::gil_scoped_release unlocked;
+  return std::make_unique<EpisodicMemory>(streams, capacity, dim, k, where);
+}
+
+py::object step(EpisodicMemory& self, const py::object& embeddings_in, const py::object& reset_in) {
+  const Tensor embeddings(embeddings_in, "embeddings"), reset(reset_in, "reset");
+  embeddings.require_dtype({DType::f32});
+  embeddings.require_device(self.device(), "the memory");
+  require(embeddings.rank == 2 && embeddings.shape[0] == self.streams() && embeddings.shape[1] == self.dim(),
+          "embeddings", "must have shape (", self.streams(), ", ", self.dim(), "), got ", embeddings.shape_text());
+  embeddings.require_contiguous();
+  reset.require_dtype({DType::boolean});
+  require(reset.rank == 1 && reset.shape[0] == self.streams(), "reset", "must have shape (", self.streams(), ",), got ",
+          reset.shape_text());
+  reset.require_contiguous();
+  if (reset.device.cuda) reset.require_device(self.device(), "the memory");
+  const Output out = output_like(embeddings, DType::f32, {self.streams(), self.k()});
+  {
+    const py::gil_scoped_release unlocked;
+    self.step(embeddings.as<float>(), reset.as<bool>(), reset.device.cuda, out.view.as<float>(), embeddings.stream());
+  }
+  return out.result();
+}
+
+py::dict memory_state(const EpisodicMemory& self) {
+  const std::vector<int64_t> lengths = self.lengths();
+  int64_t held = 0;
+  for (int64_t n : lengths) held += n;
+  const Output rows = numpy_output(DType::f32, {held, self.dim()});
+  {
+    const py::gil_scoped_release unlocked;
+    self.save(lengths, rows.view.as<float>());
+  }
+  py::dict out;
+  out["lengths"] = py::cast(lengths);
+  out["rows"] = rows.result();
+  return out;
+}
+
+void load_memory_state(EpisodicMemory& self, const py::dict& state) {
+  for (const char* key : {"lengths", "rows"})
+    require(state.contains(key), "state", "has no '", key, "': not an EpisodicMemory's state_dict");
+  const std::vector<int64_t> lengths = host_lengths(state["lengths"], self.streams(), self.capacity());
+  int64_t held = 0;
+  for (int64_t n : lengths) held += n;
+  const Tensor rows(state["rows"], "rows");
+  rows.require_dtype({DType::f32});
+  require(!rows.device.cuda, "rows", "must lie on the host, got ", rows.device.name());
+  require(rows.rank == 2 && rows.shape[0] == held && rows.shape[1] == self.dim(), "rows", "must have shape (", held,
+          ", ", self.dim(), "), got ", rows.shape_text());
+  rows.require_contiguous();
+  for (int64_t i = 0; i < rows.numel(); ++i)
+    require(std::isfinite(rows.as<float>()[i]), "rows", "must be finite, has NaN or infinity");
+  const py::gil_scoped_release unlocked;
+  self.load(lengths, rows.as<float>());
+}
+
 }  // namespace
 
 void bind_knn(py::module_& m) {
+  py::class_<EpisodicMemory>(m, "EpisodicMemory")
+      .def(py::init(&make_memory), py::arg("num_streams"), py::arg("capacity"), py::arg("dim"), py::arg("k"),
+           py::arg("device"))
+      .def("step", &step, py::arg("embeddings"), py::arg("reset"),
+           "Distances (num_streams, k) to what each stream holds, ascending, ending in infinity where it holds fewer; "
+           "then appends.")
+      .def("lengths", &EpisodicMemory::lengths, py::call_guard<py::gil_scoped_release>(),
+           "Rows held by each stream; on CUDA this waits for the device.")
+      .def("state_dict", &memory_state, "Lengths, and all rows, oldest first (NumPy); on CUDA this waits.")
+      .def("load_state_dict", &load_memory_state, py::arg("state"))
+      .def_property_readonly("num_streams", &EpisodicMemory::streams)
+      .def_property_readonly("capacity", &EpisodicMemory::capacity)
+      .def_property_readonly("dim", &EpisodicMemory::dim)
+      .def_property_readonly("k", &EpisodicMemory::k)
+      .def_property_readonly("device", [](const EpisodicMemory& self) { return self.device().name(); });
   m.def("knn", &knn, py::arg("queries"), py::arg("keys"), py::arg("k"), py::arg("lengths"), py::arg("include_self"));
   m.def("knn_reward", &knn_reward, py::arg("z"), py::arg("k"), py::arg("memory"), py::arg("lengths"),
         py::arg("reduction"), py::arg("exponent"), py::arg("c"), py::arg("include_self"), py::arg("normalizer"),

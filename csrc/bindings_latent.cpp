@@ -80,7 +80,9 @@ py::object row(LatentDynamics& self, Library library) {
 }
 
 py::object reset(LatentDynamics& self) {
-  CUstream_st* stream = self.device().cuda ? current_stream(self.library, self.device().index) : nullptr;
+  // Before the first actions the caller's library is not known: torch's stream where torch is there
+  const Library asked = self.library == Library::numpy && !imported("torch").is_none() ? Library::torch : self.library;
+  CUstream_st* stream = self.device().cuda ? current_stream(asked, self.device().index) : nullptr;
   {
     py::gil_scoped_release unlocked;
     self.advance(nullptr, true, stream);

@@ -338,11 +338,9 @@ def test_acting_reads_images_as_training_does():
     torch.testing.assert_close(method.agent.views(images, 1), method.agent.plain(images))
 
 
-def test_replay_holds_what_the_run_can_fill():
-    method = apt(replay_capacity=50_000)
-    assert method.make_replay(2, 10**7).capacity == 50_000
-    small = method.make_replay(2, 1000)
-    assert 1000 <= small.capacity < 20_000
+def test_a_short_run_has_the_replay_of_a_long_one():
+    method = apt(replay_capacity=10**8)  # more than any machine's memory: a run that is made longer later still has room
+    assert method.make_replay(2, 1000).capacity == 10**8
 
 
 def test_wrong_shapes_and_values_are_named():

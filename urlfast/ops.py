@@ -92,6 +92,36 @@ def knn_reward(
     )
 
 
+class EpisodicMemory(_core.EpisodicMemory):
+    """The episodic memories of many actors, kept native: each asks for its nearest earlier embeddings and adds its new one, in one call.
+
+    num_streams actors, each with a ring of `capacity` rows of `dim` float32 on `device` ("cpu" or "cuda[:N]"); memory is taken as rows are
+    written on the CPU, and at once on CUDA (num_streams * capacity * dim * 4 bytes).
+
+    step(embeddings, reset) -> distances (num_streams, k)
+        embeddings: (num_streams, dim) float32, finite, C-contiguous, on `device`. reset: (num_streams,) bool, on `device` or the host.
+        First empties the memories whose reset is set, so reset goes with the first embedding of an episode; then finds each stream's k
+        lowest distances, ascending, Euclidean, ending in infinity while it holds fewer than k rows; then appends, over the oldest row
+        where a memory is full. Distances are float32, in embeddings' library, on its device.
+    lengths()                              rows held by each stream
+    state_dict(), load_state_dict(state)   {"lengths": list, "rows": NumPy (sum of lengths, dim)}, for a memory of the same num_streams and
+                                           dim, and at least the capacity that the rows need
+    On the CPU, NaN or infinity in embeddings is a ValueError and changes nothing. On CUDA nothing waits for the device but state_dict,
+    load_state_dict and lengths, and steps must be ordered by streams.
+    Raises TypeError (no array, dtype), ValueError (everything else), naming the argument.
+    Source: the episodic memory of NGU (Badia et al. 2020), section 3.
+    """
+
+    def __init__(self, num_streams, capacity, dim, *, k=10, device="cpu"):
+        super().__init__(num_streams, capacity, dim, k, device)
+
+    def step(self, embeddings, reset):
+        return super().step(_detached(embeddings), reset)
+
+    def __repr__(self):
+        return f"EpisodicMemory({self.num_streams}, {self.capacity}, {self.dim}, k={self.k}, device={self.device!r})"
+
+
 # normaliser -----------------------------------------------------------------------------------------------------------
 
 
@@ -183,6 +213,7 @@ class SequenceReplay:
 
     capacity: rows in all; each of the num_streams streams keeps its newest capacity // num_streams. What they take is computed first:
         MemoryError where less is available. A row is stored once, whatever n_step, frame_stack, sequence_length and stride are.
+    expected_rows: rows that will really be added, where they are fewer: memory is taken as it fills, so only they must fit.
     fields: {name: Field(shape, dtype, every=1)}. "observation" is the one that is stacked, and that n_step batches hold twice.
     n_step, gamma: batches of windows of m = min(n_step, steps to the episode's end, steps to a terminated row), uniform over the complete
         ones (those of a running episode become so one by one). Arrays, a row per window: observation, next_observation (o_{t+m}), the
@@ -221,6 +252,7 @@ class SequenceReplay:
         fields: dict[str, Field],
         *,
         num_streams: int,
+        expected_rows: int | None = None,
         sequence_length: int | None = None,
         stride: int = 1,
         burn_in: int = 0,
@@ -240,9 +272,13 @@ class SequenceReplay:
         options = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         self._open(options)
 
-    def _open(self, options: dict, read_only: bool = False, expected_rows: int = -1) -> None:
+    def _open(self, options: dict, read_only: bool = False) -> None:
         """Everything that construction and load have in common."""
         options = dict(options)
+        expected = options.pop("expected_rows")
+        expected_rows = -1 if expected is None else _integer("expected_rows", expected)
+        if expected is not None and expected_rows < 0:
+            raise ValueError(f"expected_rows: must be at least 0, got {expected_rows}")
         fields, ring, path = options.pop("fields"), options.pop("ring"), options.pop("path")
         if not isinstance(fields, dict) or not all(isinstance(name, str) and isinstance(f, Field) for name, f in fields.items()):
             raise TypeError("fields: must be a dict of str to urlfast.Field")
@@ -268,7 +304,7 @@ class SequenceReplay:
             raise ValueError("path: is for storage='file'")
         scratch = os.fspath(path) if path is not None else tempfile.gettempdir()
         self._core = _core.SequenceReplay(options.pop("capacity"), columns, path=scratch, expected_rows=expected_rows, **options)
-        self._options = {**options, "capacity": self._core.capacity(), "fields": fields, "ring": ring}
+        self._options = {**options, "expected_rows": expected, "capacity": self._core.capacity(), "fields": fields, "ring": ring}
         self._stack = options["frame_stack"] if options["sequence_length"] is not None else None
         self._ring: list[tuple | None] = [None] * ring
         self._next = 0
@@ -450,6 +486,10 @@ class SequenceReplay:
             segments, state = saved["segments"], saved["state"]
             end = segments[-1]["end"] if segments else []
             held = sum(min(n, options["capacity"] // options["num_streams"]) for n in end)
+            if read_only:
+                options["expected_rows"] = held
+            elif options["expected_rows"] is not None:
+                options["expected_rows"] = max(held, options["expected_rows"])
             files = [(s["file"], s["begin"], s["end"], s["size"], s["crc32c"]) for s in segments]
             last = (state["file"], state["size"], state["crc32c"])
             for name, *numbers in [*files, last]:
@@ -459,7 +499,7 @@ class SequenceReplay:
                     if not (isinstance(n, int) and 0 <= n < 2**48):
                         raise ValueError(f"says {n!r} where rows, bytes or a checksum belong")
             replay = cls.__new__(cls)
-            replay._open(options, read_only, held if read_only else -1)
+            replay._open(options, read_only)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"{source}: is not the manifest of a saved replay: {error}") from error
         for name, *rest in files:

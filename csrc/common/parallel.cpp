@@ -64,14 +64,18 @@ class Pool {
       std::lock_guard<std::mutex> lock(mutex_);
       task_ = task, context_ = context, parts_ = parts;
       next_.store(0, std::memory_order_relaxed);
-      running_ = int(workers_.size());
+      open_ = true;
       generation_.fetch_add(1, std::memory_order_release);
     }
     wake_.notify_all();
     work();
-    for (int spins = 0; spins < kSpins && running_.load(std::memory_order_acquire); ++spins) relax();
+    {  // nothing is left: who has not begun by now need not, and on a busy machine is not waited for
+      std::lock_guard<std::mutex> lock(mutex_);
+      open_ = false;
+    }
+    for (int spins = 0; spins < kSpins && inside_.load(std::memory_order_acquire); ++spins) relax();
     std::unique_lock<std::mutex> lock(mutex_);
-    done_.wait(lock, [&] { return running_.load(std::memory_order_acquire) == 0; });
+    done_.wait(lock, [&] { return inside_.load(std::memory_order_acquire) == 0; });
     return true;
   }
 
@@ -101,10 +105,12 @@ class Pool {
         wake_.wait(lock, [&] { return generation_.load(std::memory_order_acquire) != seen; });
         seen = generation_.load(std::memory_order_acquire);
         if (stop_) return;
+        if (!open_) continue;
+        inside_.fetch_add(1, std::memory_order_relaxed);
       }
       work();
       std::lock_guard<std::mutex> lock(mutex_);
-      if (running_.fetch_sub(1, std::memory_order_acq_rel) == 1) done_.notify_one();
+      if (inside_.fetch_sub(1, std::memory_order_acq_rel) == 1) done_.notify_one();
     }
   }
 
@@ -117,10 +123,11 @@ class Pool {
   std::vector<std::thread> workers_;
   std::atomic<uint64_t> generation_{0};
   std::atomic<int64_t> next_{0};
-  std::atomic<int> running_{0};
+  std::atomic<int> inside_{0};  // workers that take part in the job
   void (*task_)(void*, int64_t) = nullptr;
   void* context_ = nullptr;
   int64_t parts_ = 0;
+  bool open_ = false;  // the job may still be joined
   bool stop_ = false;
 };
 

@@ -388,7 +388,8 @@ void keep(const KnnProblem& p, const KnnReward& reward, T* kept) {
   search<T>(p, [&](int64_t s, int64_t row, const typename KnnKey<T>::type* keys, int64_t count, double unscale) {
     const int64_t n = knn_kept(p, reward, s);
     T* to = kept + offset[size_t(s)] + row * n;
-    for (int64_t i = 0; i < n; ++i) to[i] = distance_of<T>(keys[count - n + i], unscale);
+    for (int64_t i = 0; i < n; ++i)  // fewer are found only where distances are NaN, which the search then refuses
+      to[i] = count >= n ? distance_of<T>(keys[count - n + i], unscale) : std::numeric_limits<T>::infinity();
   });
 }
 

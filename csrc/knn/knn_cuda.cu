@@ -13,6 +13,7 @@
 #include <type_traits>
 
 #include "common/cuda.hpp"
+#include "knn/episodic.hpp"
 #include "knn/knn.hpp"
 
 namespace urlfast {
@@ -133,8 +134,7 @@ __device__ void absorb_all(K* list, K key, int width) {
   if (mask) absorb<K, N>(list, wanted ? key : nothing<K>(), mask);
 }
 
-// What the caller asked for
-// --------------------------------------------------------------------------------------------
+// What the caller asked for -----------------------------------------------------------------------------------------
 
 enum class Result { neighbours, kept, reward };
 
@@ -160,8 +160,8 @@ struct Arguments {
   // Results.
   Result result;
   void* distances;
-  int64_t* indices;
-  void* out;  // kept distances, or rewards
+  int64_t* indices;  // or null
+  void* out;         // kept distances, or rewards
   KnnReward reward;
 
   __device__ int64_t length(int64_t s) const { return table ? table[s].length : num_keys; }
@@ -187,7 +187,7 @@ __device__ void emit(const Arguments& a, int64_t s, int64_t row, const Key<T>* l
     const T distance = there ? distance_of(key) : T(INFINITY);
     if (a.result == Result::neighbours) {
       static_cast<T*>(a.distances)[problem_row * a.k + at] = distance;
-      a.indices[problem_row * a.k + at] = there ? int64_t(unsigned(key)) : -1;
+      if (a.indices) a.indices[problem_row * a.k + at] = there ? int64_t(unsigned(key)) : -1;
     } else if (at < found && at >= found - kept) {
       if (a.result == Result::kept) {
         const int64_t offset = a.table ? a.table[s].kept_offset : s * a.num_queries * kept;
@@ -203,8 +203,7 @@ __device__ void emit(const Arguments& a, int64_t s, int64_t row, const Key<T>* l
   if (lane == 0) static_cast<T*>(a.out)[problem_row] = T(knn_log_reward(sum, kept, a.reward.c));
 }
 
-// The search
-// -----------------------------------------------------------------------------------------------------------
+// The search --------------------------------------------------------------------------------------------------------
 
 __device__ float widen(float x) { return x; }
 __device__ double widen(double x) { return x; }
@@ -389,8 +388,29 @@ __global__ void fill_table(const __grid_constant__ TablePart part, ProblemRow* t
   for (int i = threadIdx.x; i < count; i += blockDim.x) to[i] = part.rows[i];
 }
 
-// Launching
-// ------------------------------------------------------------------------------------------------------------
+// Episodic memories: what is held is known to the device alone.
+constexpr int kResetPart = 2048;
+struct ResetPart {
+  bool reset[kResetPart];
+};
+__global__ void begin_step(const __grid_constant__ ResetPart part, const bool* reset, int64_t first, int count,
+                           int64_t capacity, int64_t* total, ProblemRow* table) {
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i >= count) return;
+  const int64_t n = first + i;
+  if (reset ? reset[n] : part.reset[i]) total[n] = 0;
+  table[n] = {min(total[n], capacity), 0};
+}
+// A block per stream.
+__global__ void append(const float* embeddings, int64_t capacity, int64_t dim, int64_t* total, float* rows) {
+  const int64_t n = blockIdx.x, slot = total[n] % capacity;
+  for (int64_t d = threadIdx.x; d < dim; d += blockDim.x)
+    rows[(n * capacity + slot) * dim + d] = embeddings[n * dim + d];
+  __syncthreads();  // all have read the total
+  if (threadIdx.x == 0) ++total[n];
+}
+
+// Launching ---------------------------------------------------------------------------------------------------------
 
 // Memory for one call, ordered by the stream where the device has memory pools.
 class StreamMemory {
@@ -602,6 +622,29 @@ void knn_reward_cuda(const KnnProblem& p, const KnnReward& reward, void* out, in
   run(call, a);
   a.out = out;
   launch_finish(call, a, kept.get(), nullptr, {});
+}
+
+void episodic_step_cuda(float* rows, int64_t* total, const KnnProblem& p, const bool* reset, bool reset_on_device,
+                        float* distances, int device, CUstream_st* stream) {
+  const DeviceGuard guard(device);
+  const Call call{p, {}, device, stream};
+  const StreamMemory table(p.problems * int64_t(sizeof(ProblemRow)), device, stream);
+  auto* const held = static_cast<ProblemRow*>(table.get());
+  for (int64_t first = 0; first < p.problems; first += kResetPart) {
+    ResetPart part{};
+    const int count = int(std::min<int64_t>(kResetPart, p.problems - first));
+    if (!reset_on_device) std::copy_n(reset + first, count, part.reset);
+    begin_step<<<unsigned(ceil_div(count, kThreads)), kThreads, 0, stream>>>(part, reset_on_device ? reset : nullptr,
+                                                                             first, count, p.num_keys, total, held);
+    URLFAST_CUDA_CHECK(cudaGetLastError());
+  }
+  Arguments a = call.arguments();
+  a.table = held;
+  a.result = Result::neighbours, a.distances = distances;
+  run(call, a);
+  append<<<unsigned(p.problems), 128, 0, stream>>>(static_cast<const float*>(p.queries), p.num_keys, p.dim, total,
+                                                   rows);
+  URLFAST_CUDA_CHECK(cudaGetLastError());
 }
 
 }  // namespace urlfast

@@ -448,18 +448,28 @@ inline T bound(const T* row, int64_t columns, int64_t k) {
       const Vector<T> x = load(row + j + v * W);
       least[v] = x < least[v] ? x : least[v];
     }
-  T minima[V * W];
+  Vector<T> lowest = least[0], highest = least[0];
 #pragma GCC unroll 8
-  for (int v = 0; v < V; ++v) store(minima + v * W, least[v]);
-  T best = T(__builtin_inf());
-  for (int i = 0; i < V * W; ++i) {
-    const Vector<T> at = Vector<T>{} + minima[i];
+  for (int v = 1; v < V; ++v) {
+    lowest = least[v] < lowest ? least[v] : lowest;
+    highest = least[v] > highest ? least[v] : highest;
+  }
+  T low = lowest[0], high = highest[0];
+  T lanes[2][W];
+  store(lanes[0], lowest), store(lanes[1], highest);
+  for (int i = 1; i < W; ++i)
+    low = lanes[0][i] < low ? lanes[0][i] : low, high = lanes[1][i] > high ? lanes[1][i] : high;
+  // Bisection, without branches: a few keys too many are cheaper than the exact one.
+  for (int i = 0; i < 8; ++i) {
+    const T middle = low + (high - low) / 2;
+    const Vector<T> at = Vector<T>{} + middle;
     int64_t below = 0;
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) below += __builtin_popcount(less_equal(least[v], at));
-    if (below >= k && minima[i] < best) best = minima[i];
+    high = below >= k ? middle : high;
+    low = below >= k ? low : middle;
   }
-  return best;
+  return high;
 }
 template <class T>
 inline T first_bound(const T* row, int64_t columns, int64_t k) {

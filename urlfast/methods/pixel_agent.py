@@ -59,13 +59,13 @@ class PixelAgent:
     # acting and storing
 
     def make_replay(self, num_envs: int, steps: int) -> SequenceReplay:
-        """A replay for a run of `steps` agent steps: `replay_capacity` rows, or what the run can fill where that is less."""
+        """A replay of `replay_capacity` rows, of which a run of `steps` agent steps may fill but a part."""
         c = self.config
-        rows = steps + steps // 8 + 4096 * num_envs  # last observations are rows too, and not every stream is equally long
         return SequenceReplay(
-            min(c.replay_capacity, rows),
+            c.replay_capacity,
             {"observation": Field(self.frame_shape, "uint8"), "action": Field((), "int64")},
             num_streams=num_envs,
+            expected_rows=min(c.replay_capacity, steps + steps // 8),  # last observations are rows too
             n_step=c.n_step,
             gamma=c.gamma,
             frame_stack=self.frame_stack,

@@ -1,0 +1,115 @@
+#include "knn/episodic.hpp"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+#include "common/cuda.hpp"
+
+namespace urlfast {
+
+EpisodicMemory::EpisodicMemory(int64_t streams, int64_t capacity, int64_t dim, int64_t k, Device device)
+    : streams_(streams), capacity_(capacity), dim_(dim), k_(k), device_(device) {
+  const int64_t bytes = streams * capacity * dim * int64_t(sizeof(float));
+  if (device.cuda) {
+    const auto take = [index = device.index](int64_t size) {
+      return std::shared_ptr<void>(cuda_allocate(index, size), [index](void* p) { cuda_free(index, p); });
+    };
+    rows_ = std::static_pointer_cast<float>(take(bytes));
+    total_ = std::static_pointer_cast<int64_t>(take(streams * int64_t(sizeof(int64_t))));
+    const std::vector<int64_t> zeros(size_t(streams), 0);
+    cuda_copy(device.index, total_.get(), zeros.data(), streams * int64_t(sizeof(int64_t)), nullptr);
+    cuda_synchronize(device.index, nullptr);
+    return;
+  }
+  rows_.reset(static_cast<float*>(std::malloc(size_t(bytes))), std::free);
+  total_.reset(static_cast<int64_t*>(std::calloc(size_t(streams), sizeof(int64_t))), std::free);
+  if (!rows_ || !total_) throw std::bad_alloc();
+}
+
+void EpisodicMemory::step(const float* embeddings, const bool* reset, bool reset_on_device, float* distances,
+                          CUstream_st* stream) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  KnnProblem p;
+  p.queries_name = "embeddings";
+  p.queries = embeddings, p.keys = rows_.get();
+  p.problems = streams_, p.num_queries = 1, p.num_keys = capacity_, p.dim = dim_, p.k = k_;
+  if (device_.cuda) {
+#ifdef URLFAST_HAS_CUDA
+    episodic_step_cuda(rows_.get(), total_.get(), p, reset, reset_on_device, distances, device_.index, stream);
+#endif
+    return;
+  }
+  (void)reset_on_device, (void)stream;
+  int64_t* total = total_.get();
+  std::vector<int64_t> held(static_cast<size_t>(streams_)), indices(size_t(streams_ * k_));
+  for (int64_t n = 0; n < streams_; ++n) held[size_t(n)] = reset[n] ? 0 : std::min(total[n], capacity_);
+  p.lengths = held.data();
+  knn_cpu(p, distances, indices.data());  // throws before anything has changed
+  for (int64_t n = 0; n < streams_; ++n) {
+    if (reset[n]) total[n] = 0;
+    std::memcpy(rows_.get() + (n * capacity_ + total[n] % capacity_) * dim_, embeddings + n * dim_,
+                size_t(dim_) * sizeof(float));
+    ++total[n];
+  }
+}
+
+std::vector<int64_t> EpisodicMemory::totals() const {
+  std::vector<int64_t> out(static_cast<size_t>(streams_));
+  const int64_t bytes = streams_ * int64_t(sizeof(int64_t));
+  if (device_.cuda) {  // the legacy stream waits for the streams that step() ran on
+    cuda_copy(device_.index, out.data(), total_.get(), bytes, nullptr);
+    cuda_synchronize(device_.index, nullptr);
+  } else {
+    std::memcpy(out.data(), total_.get(), size_t(bytes));
+  }
+  return out;
+}
+
+std::vector<int64_t> EpisodicMemory::lengths() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  std::vector<int64_t> out = totals();
+  for (int64_t& n : out) n = std::min(n, capacity_);
+  return out;
+}
+
+void EpisodicMemory::save(const std::vector<int64_t>& lengths, float* rows) const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const std::vector<int64_t> total = totals();
+  const auto copy = [&](const float* from, int64_t count) {
+    const int64_t bytes = count * dim_ * int64_t(sizeof(float));
+    if (device_.cuda)
+      cuda_copy(device_.index, rows, from, bytes, nullptr);
+    else
+      std::memcpy(rows, from, size_t(bytes));
+    rows += count * dim_;
+  };
+  for (int64_t n = 0; n < streams_; ++n) {
+    const float* own = rows_.get() + n * capacity_ * dim_;
+    const int64_t held = lengths[size_t(n)], oldest = held < capacity_ ? 0 : total[size_t(n)] % capacity_;
+    const int64_t to_end = std::min(held, capacity_ - oldest);
+    if (to_end > 0) copy(own + oldest * dim_, to_end);
+    if (held > to_end) copy(own, held - to_end);
+  }
+  if (device_.cuda) cuda_synchronize(device_.index, nullptr);
+}
+
+void EpisodicMemory::load(const std::vector<int64_t>& lengths, const float* rows) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const auto copy = [&](void* to, const void* from, int64_t bytes) {
+    if (device_.cuda)
+      cuda_copy(device_.index, to, from, bytes, nullptr);
+    else
+      std::memcpy(to, from, size_t(bytes));
+  };
+  copy(total_.get(), lengths.data(), streams_ * int64_t(sizeof(int64_t)));
+  for (int64_t n = 0; n < streams_; ++n) {
+    const int64_t count = lengths[size_t(n)] * dim_;
+    if (count > 0) copy(rows_.get() + n * capacity_ * dim_, rows, count * int64_t(sizeof(float)));
+    rows += count;
+  }
+  if (device_.cuda) cuda_synchronize(device_.index, nullptr);
+}
+
+}  // namespace urlfast
