@@ -54,10 +54,18 @@ def test_help_explains_every_option(pair, capsys, monkeypatch):
         with pytest.raises(SystemExit):
             parse(preset, ["--help"], "urlfast train")
         text = re.sub(r"[│─╭╰╮╯\s]+", " ", capsys.readouterr().out)
+        for group in {option.split(".")[0] for option in flat(preset) if "." in option}:
+            assert re.search(rf" {group} options [- ]*[A-Z]\w*,? ", text), f"{group}: not explained"
         for option in flat(preset):
             says = re.search(rf" --{re.escape(option)},? (.*?)\(default: ", text)
-            words = re.sub(r"\{.*?\}|--\S+|[A-Z]+", "", says[1])
+            words = re.sub(r"\{.*?\}|\[.*?\]|--\S+|[A-Z]+", "", says[1])  # the source of a value explains nothing
             assert re.search(r"[a-z]{2}", words), f"--{option}: {says[0]}"
+
+
+def test_help_names_presets_and_resume_and_says_what_brackets_mean():
+    text = " ".join(urlfast("train", "apt", "atari", "--help").stdout.split())
+    for words in ("--preset NAME (paper, mini_apt)", "--resume RUN", "[In brackets]: the paper"):
+        assert words in text
 
 
 def test_info():

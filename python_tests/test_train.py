@@ -177,7 +177,8 @@ def test_a_resumed_run_keeps_its_options_and_may_go_further(tmp_path):
 
 
 @pytest.mark.parametrize("arguments, error, says", [
-    (["tog", "corridor"], UsageError, "did you mean 'toy'"),
+    (["tog", "corridor"], UsageError, "unknown method 'tog', did you mean 'toy'"),
+    (["bogus", "corridor"], UsageError, r"unknown method 'bogus' \(known: apt"),
     (["toy", "coridor"], UsageError, "did you mean 'corridor'"),
     (["toy"], UsageError, "toy on which domain"),
     (["toy", "corridor", "--preset", "fats"], UsageError, "did you mean 'fast'"),
@@ -190,6 +191,42 @@ def test_what_is_not_known_is_answered_with_the_nearest(arguments, error, says, 
     with pytest.raises(error, match=says):
         train.run_train(arguments)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("method, option, value, says", [
+    ("apt", "--reward.k", "100", "--reward.k: must lie in 1..32, the particles of a batch, got 100"),
+    ("apt", "--batch-size", "0", "--batch-size: must be at least 2, got 0"),
+    ("apt", "--online-views", "3", "--online-views: must be 1 or 2, got 3"),
+    ("apt", "--temperature", "0", "--temperature: must be positive, got 0.0"),
+    ("apt", "--epsilon", "1.5", "--epsilon: must lie in 0..1, got 1.5"),
+    ("apt", "--updates-per-step", "-1", "--updates-per-step: must be positive, got -1.0"),
+    ("apt", "--projection", "0", "--projection: must be at least 1, got 0"),
+    ("apt", "--replay-capacity", "0", "--replay-capacity: must be at least 1, got 0"),
+    ("drq", "--batch-size", "0", "--batch-size: must be at least 1, got 0"),
+    ("drq", "--gamma", "nan", "--gamma: must lie in 0..1, got nan"),
+    ("drq", "--reward-clip", "0", "--reward-clip: must be positive, got 0.0"),
+])  # fmt: skip
+def test_a_number_out_of_range_is_one_line_that_names_the_option(method, option, value, says, tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit:
+        train.main([method, "atari", "--runs", str(tmp_path), option, value])
+    assert exit.value.code == 2 and capsys.readouterr().err == f"urlfast train: {says}\n"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("option, value, says", [
+    ("--learner.lr", "0", "learner: lr: must be positive, got 0.0"),
+    ("--learner.adam-eps", "-1", "learner: adam_eps: must be positive"),
+    ("--learner.hidden", "0", "learner: hidden: must be at least 1, got 0"),
+    ("--learner.grad-clip", "0", "learner: grad_clip: must be positive"),
+    ("--augment.shift", "-1", "augment: shift: must be at least 0, got -1"),
+    ("--augment.jitter-probability", "2", "augment: jitter_probability: must lie in 0..1"),
+    ("--reward.c", "0", "reward: c: must be positive, got 0.0"),
+    ("--reward.k", "0", "reward: k: must be at least 1, got 0"),
+])  # fmt: skip
+def test_a_number_out_of_range_in_a_group_is_named(option, value, says, tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit:
+        train.main(["apt", "atari", "--runs", str(tmp_path), option, value])
+    assert exit.value.code == 2 and says in " ".join(capsys.readouterr().err.replace("│", " ").split())
 
 
 def test_a_gpu_that_is_not_there_is_one_line(tmp_path):

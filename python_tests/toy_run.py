@@ -21,6 +21,8 @@ from urlfast.run import Run
 
 @dataclass(frozen=True)
 class CorridorConfig:
+    """A world of corridors."""
+
     game: str = "pong"  # a name that the command knows
     num_envs: int = 2  # corridors
     length: int = 5  # actions of an episode

@@ -28,8 +28,8 @@ def main() -> None:
         import difflib
 
         close = difflib.get_close_matches(argv[0], COMMANDS, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        sys.exit(f"urlfast: unknown command {argv[0]!r}, {hint}(known: {', '.join(COMMANDS)})")
+        hint = f", did you mean {close[0]!r}?" if close else ""
+        sys.exit(f"urlfast: unknown command {argv[0]!r}{hint} (known: {', '.join(COMMANDS)})")
 
 
 if __name__ == "__main__":

@@ -10,14 +10,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from urlfast.limits import check_limits
+
 
 @dataclasses.dataclass(frozen=True)
 class AugmentConfig:
+    """Random views of the images that are learned from."""
+
     shift: int = 4  # pixels to each side, edges replicated (DrQ)
     intensity: float = 0.05  # grey frames: scale of the brightness noise (Dopamine's DrQ-Atari)
     jitter: float = 0.4  # RGB frames: strength of brightness, contrast and saturation; APT names colour jitter, not its strength
     jitter_hue: float = 0.1  # RGB frames: hue, in turns of the colour circle
     jitter_probability: float = 0.8  # RGB frames: share of samples that are jittered
+
+    def __post_init__(self):
+        check_limits(self, shift=">= 0", intensity="0..0.5", jitter="0..1", jitter_hue="0..0.5", jitter_probability="0..1")
 
 
 def random_shift(images: Tensor, pad: int, *, copies: int = 1, generator: torch.Generator | None = None) -> Tensor:

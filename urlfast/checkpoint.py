@@ -110,7 +110,7 @@ def read_at(run: str | Path, step: str) -> Checkpoint:
     """The checkpoint of that step; for an unknown one, UserError lists those there are."""
     found = {str(step_of(path)): path for path in checkpoints(run)}
     if step.replace("_", "") not in found:
-        raise UserError(f"checkpoint: {run} has none of step {step}, {nearest(step, ['latest', *found])}")
+        raise UserError(f"checkpoint: {run} has none of step {step}{nearest(step, ['latest', *found])}")
     try:
         return read(found[step.replace("_", "")])
     except Refused as error:

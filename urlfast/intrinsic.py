@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from urlfast import RunningNormalizer, knn, knn_reward
+from urlfast.limits import check_limits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,13 +16,14 @@ class ParticleConfig:
 
     k: int = 16  # neighbours, the particle itself among them as in every release [mini_apt on Atari; urlb takes 12 on DMC]
     neighbours: Literal["mean", "kth"] = "mean"  # mean over the k, or the k-th alone
-    c: float = 1.0  # [APT, eq. 4]
+    c: float = 1.0  # added to the distance before the log, which keeps it finite; 1: no reward is below 0 [APT, eq. 4]
     scale: Literal["distance-mean", "distance-var", "reward-mean", "none"] = "distance-mean"  # running statistic that divides
     # distance-mean, -var: distances over their running mean (URLB's PBE) or variance (mini_apt, CIC), before the log;
     # reward-mean: the reward over its own running mean, after the log, as APT's text says
     clip: float = 0.0  # subtracted from the scaled distances, floored at 0 [urlb 0 or 1e-4, mini_apt 5e-4]
 
     def __post_init__(self):
+        check_limits(self, k=">= 1", c="> 0", clip=">= 0")
         if self.clip and not self.scale.startswith("distance"):
             raise ValueError(f"clip: is taken from scaled distances, so it needs scale distance-mean or distance-var, got {self.scale}")
 

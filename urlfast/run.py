@@ -60,10 +60,10 @@ def command(name: str, main: Callable[[list[str]], int | None], argv: Sequence[s
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """How an error about an unknown name goes on: the likely one, then all."""
+    """How an error about an unknown name goes on, right behind it: the likely one, then all."""
     known = list(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return (f"did you mean {close[0]!r}? " if close else "") + f"(known: {', '.join(known)})"
+    return (f", did you mean {close[0]!r}?" if close else "") + f" (known: {', '.join(known)})"
 
 
 # Files ---------------------------------------------------------------------------------------------------------------
@@ -125,7 +125,7 @@ def from_dict(default, values: dict):
     names = {field.name for field in fields(default)}
     for name in values:
         if name not in names:
-            raise UserError(f"config.json: unknown option {name!r} of {type(default).__name__}, {nearest(name, names)}")
+            raise UserError(f"config.json: unknown option {name!r} of {type(default).__name__}{nearest(name, names)}")
     return replace(default, **{name: _like(getattr(default, name), value) for name, value in values.items()})
 
 
@@ -192,8 +192,8 @@ class Run:
             if (folder / "config.json").is_file():
                 return Run(folder.resolve() if folder.name in ("", ".", "..") else folder)
         known = sorted(folder.parent.name for folder in Path(runs).glob("*/config.json"))
-        reason = nearest(str(name), known) if known else f"(no run under {Path(runs).resolve()})"
-        raise UserError(f"no run {str(name)!r}: neither a run's folder nor a name under {runs}/, {reason}")
+        reason = nearest(str(name), known) if known else f" (no run under {Path(runs).resolve()})"
+        raise UserError(f"no run {str(name)!r}: neither a run's folder nor a name under {runs}/{reason}")
 
     @property
     def config(self) -> dict:

@@ -42,7 +42,7 @@ from urlfast.run import (
 class TrainConfig:
     method: Annotated[Any, tyro.conf.arg(name="")]
     env: Any
-    steps: int = 2_000_000  # agent steps, over all environments; frames = steps x frame skip
+    steps: int = 2_000_000  # agent steps, over all environments, whose last step together may take it past; frames = steps x frame skip
     seed: int = 1  # of the weights, the exploration, the replay's samples and the environments
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where it is usable
     log_every: int = 500  # steps between two lines of metrics.jsonl
@@ -379,7 +379,7 @@ def cost(run: Run, config: TrainConfig, agent, env, replay, seconds: float) -> s
 # The command line ----------------------------------------------------------------------------------------------------
 
 USAGE = """usage: urlfast train METHOD DOMAIN [--preset NAME] [options]
-       urlfast train --resume RUN [--steps N]
+       urlfast train --resume RUN [--steps N] [--device D] [--keep N] [--checkpoint-every N] [--log-every N]
 
 {pairs}
 
@@ -387,7 +387,18 @@ USAGE = """usage: urlfast train METHOD DOMAIN [--preset NAME] [options]
 
 
 def parse(default: TrainConfig, argv: Sequence[str], prog: str, description: str = "") -> TrainConfig:
-    return tyro.cli(TrainConfig, default=default, args=argv, prog=prog, description=description)
+    with usage():
+        return tyro.cli(TrainConfig, default=default, args=argv, prog=prog, description=description)
+
+
+@contextmanager
+def usage():
+    """What the checks of a flattened config refuse, which tyro lets through as it is: "batch_size: must ..." of its options."""
+    try:
+        yield
+    except ValueError as error:
+        name, colon, says = str(error).partition(":")
+        raise UsageError(f"--{name.replace('_', '-')}{colon}{says}") from None
 
 
 def take(argv: list[str], option: str) -> str | None:
@@ -409,17 +420,17 @@ def pick(argv: list[str]) -> tuple[str, str, str]:
         raise UsageError("which method, on which domain? " + ", ".join(" ".join(pair) for pair in PRESETS))
     method = argv.pop(0)
     if method not in METHODS:
-        raise UsageError(f"unknown method {method!r}, {nearest(method, METHODS)}")
+        raise UsageError(f"unknown method {method!r}{nearest(method, METHODS)}")
     domains = [domain for name, domain in PRESETS if name == method]
     if not argv or argv[0].startswith("-"):
         raise UsageError(f"{method} on which domain? (known: {', '.join(domains)})")
     domain = argv.pop(0)
     if domain not in domains:
-        raise UsageError(f"unknown domain {domain!r} for {method}, {nearest(domain, domains)}")
+        raise UsageError(f"unknown domain {domain!r} for {method}{nearest(domain, domains)}")
     presets = PRESETS[method, domain]
     preset = take(argv, "--preset") or next(iter(presets))
     if preset not in presets:
-        raise UsageError(f"--preset: unknown {preset!r}, {nearest(preset, presets)}")
+        raise UsageError(f"--preset: unknown {preset!r}{nearest(preset, presets)}")
     return method, domain, preset
 
 
@@ -433,7 +444,11 @@ def run_train(argv: list[str]) -> int:
     method, domain, preset = pick(argv)
     default = PRESETS[method, domain][preset]
     others = ", ".join(PRESETS[method, domain])
-    description = f"Preset {preset!r} (--preset {others}). The defaults below are its values; --resume RUN goes on with a run."
+    description = (
+        f"Preset {preset!r}, whose values are the defaults below: another one with --preset NAME ({others}).\n"
+        "--resume RUN goes on with a run, and takes no other method or option than it has.\n"
+        "[In brackets]: the paper or the released code that a value is from; 'ours' where none decides it."
+    )
     return start(method, domain, preset, parse(default, argv, f"urlfast train {method} {domain}", description))
 
 

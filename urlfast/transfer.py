@@ -15,7 +15,7 @@ import tyro
 from urlfast.checkpoint import read_at, read_latest
 from urlfast.methods import FREEZE, LOAD, transfer
 from urlfast.run import Run, UsageError, command
-from urlfast.train import METHODS, PRESETS, TrainConfig, load, start
+from urlfast.train import METHODS, PRESETS, TrainConfig, load, start, usage
 
 TASK = "drq"  # the method that learns from the game's own reward
 
@@ -42,7 +42,8 @@ def run_transfer(argv: list[str]) -> int:
     default = replace(default, seed=pretrained.seed, runs=str(run.folder.parent))
     options = {field.name: getattr(default, field.name) for field in fields(TrainConfig)}
     prog, description = f"urlfast transfer {argv[0]}", "Fine-tunes a pre-trained run on its game's reward, in a run of its own."
-    wanted = tyro.cli(TransferConfig, default=TransferConfig(**options), args=argv[1:], prog=prog, description=description)
+    with usage():
+        wanted = tyro.cli(TransferConfig, default=TransferConfig(**options), args=argv[1:], prog=prog, description=description)
     config = TrainConfig(**{name: getattr(wanted, name) for name in options})
     if wanted.task:
         config = replace(config, env=replace(config.env, game=wanted.task))

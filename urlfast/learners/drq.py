@@ -17,18 +17,22 @@ from torch import Tensor, nn
 
 from urlfast import ema_update_
 from urlfast.device import Arithmetic, adam
+from urlfast.limits import check_limits
 from urlfast.losses import huber
 
 
 @dataclasses.dataclass(frozen=True)
 class DrQConfig:
-    hidden: int = 512  # of each dueling stream [mini_apt; Dopamine shares one layer of 512]
-    lr: float = 1e-4  # Adam [Dopamine, mini_apt]
-    adam_eps: float = 1.5e-4  # [Dopamine]
+    """The learner of Q: DrQ with dueling heads."""
+
+    hidden: int = 512  # width of the hidden layer of each dueling stream [mini_apt; Dopamine shares one layer of 512]
+    lr: float = 1e-4  # learning rate of Adam [Dopamine, mini_apt]
+    adam_eps: float = 1.5e-4  # added to Adam's denominator: the larger, the gentler where gradients are small [Dopamine]
     tau: float = 1.0  # EMA rate of the target; 1: the target is the online network, as Dopamine's copy after every update
     grad_clip: float = 10.0  # limit of the gradient's norm [mini_apt]
 
     def __post_init__(self):
+        check_limits(self, hidden=">= 1", lr="> 0", adam_eps="> 0", grad_clip="> 0")
         if not 0 < self.tau <= 1:
             raise ValueError(f"tau: must lie in (0, 1], got {self.tau}")
 

@@ -23,6 +23,7 @@ from urlfast.augment import AugmentConfig
 from urlfast.device import Captured, Precision, adam
 from urlfast.intrinsic import ParticleConfig, ParticleReward
 from urlfast.learners.drq import DrQConfig
+from urlfast.limits import check_limits
 from urlfast.losses import nt_xent
 from urlfast.methods import FREEZE, LOAD, RESET, check_parts
 from urlfast.methods.pixel_agent import PixelAgent
@@ -36,20 +37,22 @@ PAPER_ENCODER = EncoderConfig(activation="elu", features=15, spectral_norm=True)
 class APTConfig:
     encoder: EncoderConfig = field(default_factory=lambda: PAPER_ENCODER)
     projection: tuple[int, ...] = (128, 128)  # widths of h, ELU between them [ours; mini_apt one layer of 256]
-    temperature: float = 0.07  # of NT-Xent [mini_apt; the paper prints none]
-    lr: float = 1e-4  # Adam, encoder and projection [mini_apt]
-    adam_eps: float = 1e-8  # [mini_apt]
+    temperature: float = 0.07  # of the contrastive loss NT-Xent [mini_apt; the paper prints none]
+    lr: float = 1e-4  # learning rate of Adam, encoder and projection [mini_apt]
+    adam_eps: float = 1e-8  # added to that Adam's denominator [mini_apt]
     reward: ParticleConfig = field(default_factory=ParticleConfig)
     pool: Literal["batch", "views"] = "batch"  # neighbours among one view of each image, or among all K [released code; mini_apt views]
-    learner: DrQConfig = field(default_factory=lambda: DrQConfig(tau=0.01))  # [mini_apt's rate, at every update]
-    online_views: int = 1  # M of DrQ, at most the 2 that the contrastive loss encodes [DrQ-Atari; mini_apt 2]
-    target_views: int = 1  # K of DrQ [DrQ-Atari; mini_apt 2]
+    learner: DrQConfig = field(
+        default_factory=lambda: DrQConfig(tau=0.01)
+    )  # DrQ, which learns Q; tau as mini_apt's, though at every update
+    online_views: int = 1  # M of DrQ: views of o_t in an update of Q, of the 2 of the contrastive loss [DrQ-Atari; mini_apt 2]
+    target_views: int = 1  # K of DrQ: views of the next observation, which the target averages [DrQ-Atari; mini_apt 2]
     n_step: int = 1  # steps to the particle, whose reward stands for the whole return, as URLB's [ours; mini_apt 20]
-    gamma: float = 0.99  # [mini_apt, DrQ]
-    batch_size: int = 32  # [DrQ-Atari; mini_apt 64]
+    gamma: float = 0.99  # discount of the reward of each later step [mini_apt, DrQ]
+    batch_size: int = 32  # transitions of an update, and the particles of its reward [DrQ-Atari; mini_apt 64]
     updates_per_step: float = 2.0  # gradient steps for each agent step [paper; mini_apt 1]
     learning_start: int = 1600  # agent steps of uniform actions before the first update [mini_apt, DrQ-Atari]
-    replay_capacity: int = 1_000_000  # rows [mini_apt]
+    replay_capacity: int = 1_000_000  # rows: a step of an environment is one; the oldest make room [mini_apt]
     epsilon: float = 0.01  # probability of a uniform action at last [ours; mini_apt 0.001]
     epsilon_decay: int = 0  # steps from 1 to there, after learning_start [mini_apt]
     reward_clip: float | None = None  # of the game's reward, which is stored and not read
@@ -57,10 +60,25 @@ class APTConfig:
     precision: Precision = "auto"  # of the convolutions and hidden layers; auto: bf16 where the processor has it
 
     def __post_init__(self):
+        check_limits(
+            self,
+            projection=">= 1",
+            temperature="> 0",
+            lr="> 0",
+            adam_eps="> 0",
+            target_views=">= 1",
+            n_step=">= 1",
+            gamma="0..1",
+            batch_size=">= 2",  # the contrastive loss needs a negative
+            updates_per_step="> 0",
+            learning_start=">= 0",
+            replay_capacity=">= 1",
+            epsilon="0..1",
+            epsilon_decay=">= 0",
+            reward_clip="> 0",
+        )
         if self.online_views not in (1, 2):
             raise ValueError(f"online_views: must be 1 or 2, got {self.online_views}")
-        if self.target_views < 1:
-            raise ValueError(f"target_views: must be at least 1, got {self.target_views}")
         particles = self.batch_size * (self.target_views if self.pool == "views" else 1)
         if not 1 <= self.reward.k <= particles:
             raise ValueError(f"reward.k: must lie in 1..{particles}, the particles of a batch, got {self.reward.k}")

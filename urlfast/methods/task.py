@@ -15,6 +15,7 @@ from urlfast import SequenceReplay
 from urlfast.augment import AugmentConfig
 from urlfast.device import Captured, Precision, adam
 from urlfast.learners.drq import DrQConfig
+from urlfast.limits import check_limits
 from urlfast.methods import FREEZE, LOAD, RESET, check_parts
 from urlfast.methods.pixel_agent import PixelAgent
 from urlfast.nets.encoders import EncoderConfig
@@ -22,16 +23,16 @@ from urlfast.nets.encoders import EncoderConfig
 
 @dataclass(frozen=True)
 class TaskConfig:
-    encoder: EncoderConfig = field(default_factory=EncoderConfig)  # DrQ-Atari's convolutions, without padding [mini_apt]
-    learner: DrQConfig = field(default_factory=DrQConfig)  # target copied at every update [Dopamine]
-    online_views: int = 1  # M of DrQ [DrQ-Atari]
-    target_views: int = 1  # K of DrQ [DrQ-Atari]
-    n_step: int = 10  # [Dopamine]
-    gamma: float = 0.99  # [Dopamine]
-    batch_size: int = 32  # [Dopamine]
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    learner: DrQConfig = field(default_factory=DrQConfig)
+    online_views: int = 1  # M of DrQ: views of o_t in an update [DrQ-Atari]
+    target_views: int = 1  # K of DrQ: views of o_{t+m}, which the target averages [DrQ-Atari]
+    n_step: int = 10  # rewards that a target sums before Q takes over [Dopamine]
+    gamma: float = 0.99  # discount of the reward of each later step [Dopamine]
+    batch_size: int = 32  # transitions of an update [Dopamine]
     updates_per_step: float = 1.0  # gradient steps for each agent step [Dopamine]
     learning_start: int = 1600  # agent steps of uniform actions before the first update [Dopamine]
-    replay_capacity: int = 1_000_000  # rows; 100,000 steps never fill it [Dopamine]
+    replay_capacity: int = 1_000_000  # rows: a step of an environment is one; 100,000 steps never fill it [Dopamine]
     epsilon: float = 0.1  # probability of a uniform action at last [Dopamine; DrQ(eps) 0.01]
     epsilon_decay: int = 5000  # steps from 1 to there, after learning_start [Dopamine]
     reward_clip: float | None = 1.0  # rewards are learned from within -1..1 [Dopamine]
@@ -39,8 +40,20 @@ class TaskConfig:
     precision: Precision = "auto"  # of the convolutions and hidden layers; auto: bf16 where the processor has it
 
     def __post_init__(self):
-        if min(self.online_views, self.target_views) < 1:
-            raise ValueError(f"online_views, target_views: must be at least 1, got {self.online_views}, {self.target_views}")
+        check_limits(
+            self,
+            online_views=">= 1",
+            target_views=">= 1",
+            n_step=">= 1",
+            gamma="0..1",
+            batch_size=">= 1",
+            updates_per_step="> 0",
+            learning_start=">= 0",
+            replay_capacity=">= 1",
+            epsilon="0..1",
+            epsilon_decay=">= 0",
+            reward_clip="> 0",
+        )
 
     def after(self, pretrained) -> "TaskConfig":
         """This config on the network of a pre-trained method's config: its encoder, the width of its Q, and its rate of the target."""

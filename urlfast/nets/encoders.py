@@ -11,6 +11,8 @@ from torch.nn.utils import parametrize
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
+    """The network from images to features: convolutions without padding."""
+
     conv: tuple[tuple[int, int, int], ...] = ((32, 8, 4), (64, 4, 2), (64, 3, 1))  # channels, kernel, stride of each layer, no padding
     activation: Literal["relu", "elu"] = "relu"  # after each convolution
     features: int = 0  # width of the linear layer, LayerNorm and tanh behind the convolutions; 0: their flat output is the feature
