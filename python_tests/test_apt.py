@@ -301,6 +301,17 @@ def test_a_frozen_task_stays_frozen_when_it_is_resumed(tmp_path):
     assert second.frozen
 
 
+def test_a_state_of_another_kind_of_device_is_taken():
+    state = task().state_dict()
+    state["progress"]["augment"] = torch.zeros(16, dtype=torch.uint8)  # a GPU's generator
+    for part in ("encoder_optimizer", "q_optimizer"):
+        state[part]["param_groups"][0]["capturable"] = True
+    method = task()
+    method.load_state_dict(state)
+    assert not method.optim.param_groups[0]["capturable"] and not method.agent.learner.optim.param_groups[0]["capturable"]
+    method.update(Batches())
+
+
 def test_transfer_refuses_what_it_does_not_know():
     state = apt().state_dict()
     with pytest.raises(ValueError, match="says nothing of skill"):

@@ -14,10 +14,12 @@ import toy_run
 from urlfast import run as run_module
 from urlfast.run import Metrics, Progress, Run, UserError, flat, from_dict, human_bytes, human_time, read_metrics, write_json
 
+CONFIG = {"method": "toy", "domain": "corridor", "config": {"method": {}, "env": {}}}
+
 
 @pytest.fixture
 def run(tmp_path):
-    return Run.create(tmp_path / "runs", "toy-corridor-pong-s1", {"method": "toy"})
+    return Run.create(tmp_path / "runs", "toy-corridor-pong-s1", CONFIG)
 
 
 HOLDER = r"""
@@ -48,7 +50,7 @@ def test_a_run_in_use_is_refused_and_free_once_its_process_was_killed(run, how):
 
 
 def test_runs_of_one_second_have_folders_of_their_own(tmp_path):
-    runs = [Run.create(tmp_path, "toy", {"n": n}) for n in range(3)]
+    runs = [Run.create(tmp_path, "toy", {**CONFIG, "n": n}) for n in range(3)]
     assert len({run.folder for run in runs}) == 3
     assert [run.config["n"] for run in runs] == [0, 1, 2]
 
@@ -122,13 +124,23 @@ class Terminal(io.StringIO):
 @pytest.mark.parametrize("stream", [io.StringIO, Terminal])
 def test_progress_says_steps_rate_time_left_and_the_numbers_that_matter(stream):
     out = stream()
-    with Progress(100, out) as progress:
+    with Progress(100, stream=out) as progress:
         progress.log({"step": 50, "steps_per_second": 5.0, "score": 12.5, "grad_norm": 3.0})
         progress.tick(50)
     said = out.getvalue()
     assert "step 50 of 100 (50.0%)" in said and "score 12.5" in said and "grad" not in said
     if stream is io.StringIO:
         assert "5/s  10 s left" in said
+
+
+def test_progress_ends_at_all_steps_and_foretells_nothing_before_learning():
+    out = io.StringIO()
+    with Progress(20, 8, out) as progress:
+        progress.log({"step": 8, "steps_per_second": 1000.0})
+        progress.log({"step": 24, "steps_per_second": 4.0})
+    first, last = out.getvalue().splitlines()
+    assert "learning begins at 8" in first and "left" not in first
+    assert "step 24 of 20 (100.0%)  4/s  0 s left" in last
 
 
 @pytest.mark.parametrize("error, status, line", [

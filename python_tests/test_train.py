@@ -167,6 +167,12 @@ def test_a_resumed_run_keeps_its_options_and_may_go_further(tmp_path):
     for option, value in (("--lr", "0.5"), ("--env.num-envs", "3"), ("--seed", "2")):
         with pytest.raises(UsageError, match=option):
             train.run_train(["--resume", str(run.folder), option, value])
+    assert (
+        train.run_train(["--resume", str(run.folder), "--keep", "2", "--checkpoint-every", "7", "--log-every", "5", "--device", "cpu"]) == 0
+    )
+    assert {name: run.config["config"][name] for name in ("keep", "checkpoint_every", "log_every", "device")} == {
+        "keep": 2, "checkpoint_every": 7, "log_every": 5, "device": "cpu",
+    }  # fmt: skip
     with pytest.raises(UsageError, match="--steps: may only be raised"):
         train.run_train(["--resume", str(run.folder), "--steps", "50"])
     with pytest.raises(UsageError, match="a run of toy corridor"):
@@ -227,6 +233,22 @@ def test_a_number_out_of_range_in_a_group_is_named(option, value, says, tmp_path
     with pytest.raises(SystemExit) as exit:
         train.main(["apt", "atari", "--runs", str(tmp_path), option, value])
     assert exit.value.code == 2 and says in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"method": "toy", "domain": "corridor", "config": 3}', '{"name": "someone else"}'])
+def test_a_folder_of_something_else_is_not_a_run(text, tmp_path):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match=f"{tmp_path}/config.json is not a run of urlfast"):
+        train.run_train(["--resume", str(tmp_path)])
+
+
+@pytest.mark.parametrize("runs", ["/proc/x", "a-file/x"])
+def test_a_folder_that_cannot_be_written_is_said_before_anything_is_timed(runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a-file").touch()
+    monkeypatch.setattr(train, "seconds_per_update", lambda *_: pytest.fail("timed"))
+    with pytest.raises(UserError, match=f"--runs: cannot write to {runs}: "):
+        train.run_train(["toy", "corridor", "--runs", runs])
 
 
 def test_a_gpu_that_is_not_there_is_one_line(tmp_path):

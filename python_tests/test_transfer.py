@@ -55,10 +55,11 @@ def test_a_transfer_is_resumed_as_any_run_and_what_is_frozen_stays_frozen(pretra
     assert same(state["method"]["encoder"], read_latest(pretrained.folder).state["method"]["encoder"])
 
 
-def test_another_game_has_other_actions(pretrained, tmp_path):
-    with pytest.raises(UserError, match="does not fit"):
-        tuned(pretrained, tmp_path, "--task", "breakout")
-    assert not list(tmp_path.iterdir())
+def test_another_game_has_other_actions(pretrained, tmp_path, capsys):
+    says = "breakout has 4 actions, the run's pong 6: use --rule random-head, or pre-train with --env.full-action-set"
+    with pytest.raises(UserError) as error:
+        tuned(pretrained, tmp_path, "--task", "Breakout")
+    assert str(error.value) == says and not capsys.readouterr().out and not list(tmp_path.iterdir())
     run = tuned(pretrained, tmp_path, "--task", "breakout", "--rule", "random-head")
     assert run.config["config"]["env"]["game"] == "breakout"
 

@@ -47,7 +47,11 @@ class Arithmetic:
 
 def adam(parameters: list[Tensor], lr: float, eps: float, device: torch.device) -> torch.optim.Adam:
     """Adam in one kernel for all parameters, its step count on the device so that it can be captured."""
-    return torch.optim.Adam(parameters, lr=lr, eps=eps, fused=True, capturable=device.type == "cuda")
+    capturable = device.type == "cuda"
+    optim = torch.optim.Adam(parameters, lr=lr, eps=eps, fused=True, capturable=capturable)
+    # A state of another device brings its flag along.
+    optim.register_load_state_dict_post_hook(lambda optim: [group.update(capturable=capturable) for group in optim.param_groups])
+    return optim
 
 
 class Captured:

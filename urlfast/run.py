@@ -18,6 +18,7 @@ import json
 import math
 import os
 import sys
+import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -98,6 +99,16 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def check_writable(runs: str | Path) -> None:
+    """Makes the folder in which runs make their own. Raises UserError where that, or writing there, is not possible."""
+    try:
+        Path(runs).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=runs, prefix="."):
+            pass
+    except OSError as error:
+        raise UserError(f"--runs: cannot write to {runs}: {error.strerror}") from None
+
+
 def human_bytes(count: float) -> str:
     """1536 -> '1.5 kB'; powers of 1000, as disks are sold."""
     for unit in ("B", "kB", "MB", "GB"):
@@ -131,6 +142,8 @@ def from_dict(default, values: dict):
 
 def _like(default, value):
     if is_dataclass(default):
+        if not isinstance(value, dict):
+            raise UserError(f"config.json: {value!r} is no {type(default).__name__}")
         return from_dict(default, value)
     return tuple(_like(None, entry) for entry in value) if isinstance(value, list) else value
 
@@ -198,9 +211,14 @@ class Run:
     @property
     def config(self) -> dict:
         try:
-            return json.loads((self.folder / "config.json").read_text())
-        except ValueError as error:
-            raise UserError(f"{self.folder}/config.json is damaged ({error})") from None
+            config = json.loads((self.folder / "config.json").read_text())
+            options = config["config"]
+            known = isinstance(config["method"], str) and isinstance(config["domain"], str) and {"method", "env"} <= options.keys()
+        except (ValueError, KeyError, TypeError, AttributeError):
+            known = False
+        if not known:
+            raise UserError(f"{self.folder}/config.json is not a run of urlfast")
+        return config
 
     @contextmanager
     def locked(self):
@@ -318,8 +336,9 @@ class Progress:
     SHOWN = ("score", "q_loss", "contrastive_loss", "contrastive_accuracy", "intrinsic_reward", "knn_distance", "epsilon")
     PRINT_EVERY = 10.0  # seconds
 
-    def __init__(self, total: int, stream=None):
-        self.total = total
+    def __init__(self, total: int, learning_start: int = 0, stream=None):
+        """learning_start: steps that cost nearly nothing, from whose rate no time left follows."""
+        self.total, self.learning_start = total, learning_start
         self._stream = stream or sys.stdout
         self._live = None
         self._line: dict = {}
@@ -343,6 +362,8 @@ class Progress:
         """Where the run is now; cheap enough for every step."""
         now = time.monotonic()
         if self._live and now > self._shown_at + 0.5:
+            if self._marks and self._marks[-1][1] <= self.learning_start:  # as fast as no later one
+                self._marks.clear()
             self._marks.append((now, steps))
             (began, first), self._shown_at = self._marks[0], now
             self._show(steps, (steps - first) / (now - began) if steps > first else 0.0)
@@ -356,8 +377,12 @@ class Progress:
             self._show(line["step"], line["steps_per_second"])
 
     def _show(self, steps: int, rate: float) -> None:
-        left = f"{human_time((self.total - steps) / rate)} left" if rate > 0 else ""
-        text = f"step {steps:,} of {self.total:,} ({steps / self.total:.1%})  {rate:.3g}/s  {left}"
+        left = max(self.total - steps, 0)  # the environments' last step together may go past
+        if steps <= self.learning_start:
+            says = f"learning begins at {self.learning_start:,}"
+        else:
+            says = f"{human_time(left / rate)} left" if rate > 0 else ""
+        text = f"step {steps:,} of {self.total:,} ({min(steps / self.total, 1):.1%})  {rate:.3g}/s  {says}"
         for name, value in self._line.items():
             text += f"  {name.replace('_', ' ')} {value:.4g}"
         if self._live:

@@ -28,6 +28,7 @@ from urlfast.run import (
     Run,
     UsageError,
     UserError,
+    check_writable,
     command,
     flat,
     from_dict,
@@ -83,7 +84,7 @@ class Counters:
 def train(run: Run, config: TrainConfig, method, env, replay, counters: Counters, checkpoints: Checkpoints) -> str | None:
     """Trains until `config.steps` or a signal, whose name is returned. Either way the last thing it writes is a checkpoint."""
     began, window = time.monotonic() - counters.seconds, Window(counters)
-    with Stop() as stop, Metrics(run.folder, counters.steps) as metrics, Progress(config.steps) as progress:
+    with Stop() as stop, Metrics(run.folder, counters.steps) as metrics, Progress(config.steps, method.config.learning_start) as progress:
 
         def log():
             counters.seconds = time.monotonic() - began
@@ -266,6 +267,7 @@ def start(method: str, domain: str, preset: str, config: TrainConfig, *, name: s
             prepare(agent)
             prepare(trial := make_method(method, config, env))  # thrown away, so that what the run itself uses is as new
             replay = agent.make_replay(env.num_envs, config.steps)
+        check_writable(config.runs)
         seconds = seconds_per_update(trial, env)
         saved = {"method": method, "domain": domain, "preset": preset, "config": asdict(config), **noted}
         run = Run.create(config.runs, f"{name or f'{method}-{domain}'}-{config.env.game}-s{config.seed}", saved)
@@ -285,7 +287,8 @@ def resume(name: str, argv: list[str]) -> int:
             if argv[:2] != [method, domain]:
                 raise UsageError(f"{run.folder} is a run of {method} {domain}, not of {' '.join(argv[:2])}")
             argv = argv[2:]
-        config = replace(config, steps=raised_steps(config, parse(config, argv, f"urlfast train --resume {name}")))
+        config = resumed(config, parse(config, argv, f"urlfast train --resume {name}"))
+        chosen_device(config.device)
         write_json(run.folder / "config.json", {**saved, "config": asdict(config)})
         checkpoint = read_latest(run.folder, replay=True)
         counters = Counters(**{key: checkpoint.state[key] for key in asdict(Counters())})
@@ -304,20 +307,26 @@ def resume(name: str, argv: list[str]) -> int:
     return farewell(run, stopped)
 
 
-def raised_steps(config: TrainConfig, wanted: TrainConfig) -> int:
-    """A resumed run keeps its options; only `steps` may be raised."""
+RESUMABLE = ("keep", "checkpoint-every", "log-every", "device")  # what a resume may change, for it decides nothing that is learned
+
+
+def resumed(config: TrainConfig, wanted: TrainConfig) -> TrainConfig:
+    """A resumed run keeps its options, but for RESUMABLE; and `steps` may be raised."""
     before, after = flat(config), flat(wanted)
     for option in before:
-        if option != "steps" and before[option] != after[option]:
-            raise UsageError(f"--{option}: the run has {before[option]} and keeps its options; only --steps may be raised")
+        if option not in ("steps", *RESUMABLE) and before[option] != after[option]:
+            may = ", ".join(f"--{name}" for name in RESUMABLE)
+            raise UsageError(
+                f"--{option}: the run has {before[option]} and keeps its options; only {may} may change, and --steps be raised"
+            )
     if wanted.steps < config.steps:
         raise UsageError(f"--steps: may only be raised, from {config.steps:,}; got {wanted.steps:,}")
-    return wanted.steps
+    return wanted
 
 
 def load(saved: dict) -> tuple[str, str, TrainConfig]:
     """(method, domain, config) of a run's config.json."""
-    method, domain = saved.get("method"), saved.get("domain")
+    method, domain = saved["method"], saved["domain"]
     if (method, domain) not in PRESETS:
         raise UserError(f"config.json: this urlfast has no {method!r} on {domain!r}")
     return method, domain, from_dict(next(iter(PRESETS[method, domain].values())), saved["config"])

@@ -7,15 +7,17 @@ is printed. The comparison from scratch is `urlfast train drq atari`, with the s
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import tyro
 
 from urlfast.checkpoint import read_at, read_latest
-from urlfast.methods import FREEZE, LOAD, transfer
-from urlfast.run import Run, UsageError, command
-from urlfast.train import METHODS, PRESETS, TrainConfig, load, start, usage
+from urlfast.envs.atari import rom_id
+from urlfast.methods import FREEZE, LOAD, RESET, transfer
+from urlfast.run import Run, UsageError, UserError, command
+from urlfast.train import DOMAINS, METHODS, PRESETS, TrainConfig, load, refusals, start, usage
 
 TASK = "drq"  # the method that learns from the game's own reward
 
@@ -50,6 +52,7 @@ def run_transfer(argv: list[str]) -> int:
 
     checkpoint = read_latest(run.folder) if wanted.checkpoint == "latest" else read_at(run.folder, wanted.checkpoint)
     parts, table = checkpoint.state["method"], METHODS[method].TRANSFER[wanted.rule]
+    check_actions(domain, pretrained.env, config.env, table)
     print(f"from {run.folder}, {method} at step {checkpoint.step:,}, rule {wanted.rule}:")
     print("\n".join(f"  {part:18} {WORDS.get(table.get(part), 'begins anew')}" for part in parts), flush=True)
     return start(
@@ -61,6 +64,22 @@ def run_transfer(argv: list[str]) -> int:
         prepare=lambda agent: transfer(agent, parts, table),
         transfer={"run": str(run.folder), "method": method, "step": checkpoint.step, "rule": wanted.rule},
     )
+
+
+def check_actions(domain: str, before, after, table: dict) -> None:
+    """Raises UserError where Q is to be loaded into a task with another number of actions."""
+    if table.get("q", RESET) == RESET:
+        return
+    counts = []
+    for config in (before, after):
+        with refusals(), closing(DOMAINS[domain](config, num_envs=1)) as env:
+            counts.append(env.num_actions)
+    if counts[0] != counts[1]:
+        names = [rom_id(config.game) for config in (before, after)]
+        raise UserError(
+            f"{names[1]} has {counts[1]} actions, the run's {names[0]} {counts[0]}: "
+            "use --rule random-head, or pre-train with --env.full-action-set"
+        )
 
 
 WORDS = {LOAD: "loaded", FREEZE: "loaded and frozen"}

@@ -128,7 +128,8 @@ class PixelAgent:
     def load_part(self, part: str, state: dict) -> None:
         if part == "progress":
             self.steps = state["steps"]
-            self.generator.set_state(state["augment"])
+            if len(state["augment"]) == len(self.generator.get_state()):  # else of another kind of device: it draws on from the seed
+                self.generator.set_state(state["augment"])
             self.learner.generator.set_state(state["actions"])
         elif part == "encoder":
             self.encoder.load_state_dict(state)
