@@ -68,7 +68,7 @@ def test_only_the_first_episode_of_the_first_environment_is_watched():
 
 def test_states_are_counted_at_the_same_frames():
     played = SimpleNamespace(coverage=[(0, 1), (100, 11), (200, 13)])
-    assert states_at(played, 50) == 6 and states_at(played, 1000) == 13
+    assert states_at(played, 99) == 1 and states_at(played, 100) == 11 and states_at(played, 1000) == 13  # counts, never between two
     assert states_at(SimpleNamespace(coverage=[]), 50) is None
     curve = [(i, i) for i in range(12_345)]
     assert len(thinned(curve)) <= 501 and thinned(curve)[0] == (0, 0) and thinned(curve)[-1] == curve[-1]
@@ -99,8 +99,9 @@ def test_results(run, capsys):
     assert 5 < random["mean"] < 10 and random["frames_played"] >= agent["frames_played"] == 800
     assert agent["unique_states"] == random["unique_states"] == 6
     assert results["method"] == "toy" and results["game"] == "pong" and results["seed"] == 1
-    assert results["protocol"]["episodes"] == 40 and results["protocol"]["epsilon"] == 0 and not results["protocol"]["life_loss_terminal"]
-    assert results["versions"]["urlfast"] and results["hardware"]
+    protocol = {"episodes": 40, "epsilon": 0, "num_envs": 4, "seed": 10_000, "life_loss_terminal": False, "backend": "processes"}
+    assert protocol.items() <= agent["protocol"].items() and random["protocol"] == agent["protocol"] | {"epsilon": 1.0}
+    assert agent["versions"]["urlfast"] and agent["hardware"]
     assert "15.0" in out and "101.1 %" in out
 
     import av
@@ -116,7 +117,20 @@ def test_a_second_evaluation_replaces_its_own_and_keeps_the_others(run):
         options = EvaluateConfig(run.folder.as_posix(), episodes=2, num_envs=2, checkpoint=checkpoint, seed=seed, video=False)
         assert evaluate.evaluate(options) == 0
     found = json.loads((run.folder / "results.json").read_text())["evaluations"]
+    assert {(entry["step"], entry["protocol"]["seed"], entry["protocol"]["num_envs"]) for entry in found} == {(40, 3, 2), (80, 5, 2)}
     assert sorted((entry["policy"], entry["step"]) for entry in found) == [("agent", 40), ("agent", 80), ("random", 40), ("random", 80)]
+
+
+def test_one_episode_has_no_error_and_one_process_evaluates_at_a_time(run, capsys):
+    options = EvaluateConfig(run.folder.as_posix(), episodes=1, epsilon=0.0, video=False)
+    with run.locked():  # while it trains
+        assert evaluate.evaluate(options) == 0
+    out = capsys.readouterr().out
+    assert "15.0 ± n/a" in out and "nan" not in out
+    agent = json.loads((run.folder / "results.json").read_text())["evaluations"][-2]
+    assert agent["protocol"]["num_envs"] == 1  # not the 8 that were allowed
+    with run.locked(".evaluate.lock"), pytest.raises(UserError, match="in use by process"):
+        evaluate.evaluate(options)
 
 
 def test_epsilon_is_the_share_of_random_actions():

@@ -125,13 +125,12 @@ def make_results(rng, method, game, seed, steps, versions, score):
     for policy, mean, rate in (("agent", score, 0.55), ("random", 260.0, 0.3)):
         returns = np.maximum(0, rng.gamma(6, mean / 6, 100).round(-1)).tolist()
         coverage = [[int(f), int(rate * f**0.93)] for f in np.linspace(0, 400_000, 101)]
-        row = {"policy": policy, "step": steps, "frames": 4 * steps, "epsilon": 0.001, "mean": float(np.mean(returns))}
+        row = {"policy": policy, "step": steps, "frames": 4 * steps, "mean": float(np.mean(returns))}
+        row |= {"protocol": {"episodes": 100, "sticky": 0.0, "epsilon": 0.001}, "versions": versions, "hardware": "Some CPU, 2 cores"}
         row |= {"unique_states": coverage[-1][1], "frames_of_unique_states": 400_000, "frames_played": 400_000, "seconds": 30.0}
         evaluations.append(row | {"returns": returns, "lengths": rng.integers(400, 900, 100).tolist(), "coverage": coverage})
     return {
-        "method": method, "domain": "atari", "preset": "paper", "game": game, "seed": seed, "versions": versions, "seconds": 60.0,
-        "protocol": {"episodes": 100, "sticky": 0.0, "epsilon": 0.001}, "evaluations": evaluations,
-        "hardware": "Some CPU, 2 cores",
+        "method": method, "domain": "atari", "preset": "paper", "game": game, "seed": seed, "evaluations": evaluations,
     }  # fmt: skip
 
 
@@ -219,8 +218,8 @@ def test_hostile_text_stays_text(tmp_path, particles, where):
     elif where == "version":
         document["versions"][evil] = evil
     elif where == "hardware":
-        results["hardware"] = evil
-        results["protocol"][evil] = evil
+        results["evaluations"][0]["hardware"] = evil
+        results["evaluations"][0]["protocol"][evil] = evil
     elif where == "option":
         document["config"]["method"][evil] = evil
     (runs[0] / "config.json").write_text(json.dumps(document))
@@ -438,6 +437,8 @@ def test_equal_rewards_make_a_picture_too(tmp_path, monkeypatch):
 def test_coverage_is_compared_at_equal_frames():
     agent, random = {"coverage": [[100, 50], [200, 100]]}, {"coverage": [[50, 10], [100, 20]]}
     assert report.coverage_at_equal_frames(agent, random) == (50, 20, 100)
+    counts = ({"unique_states": n, "frames_of_unique_states": 100} for n in (51, 20))
+    assert report.coverage_at_equal_frames(agent | next(counts), random | next(counts)) == (51, 20, 100)  # counted, not interpolated
     assert report.coverage_at_equal_frames(agent, None) == (100, None, 200)
     assert report.coverage_at_equal_frames({"coverage": []}, random) is None
 

@@ -3,10 +3,11 @@
 A lost life never ends an evaluation episode, rewards are not clipped, and each environment plays a fixed share of the episodes: taking
 those that finish first would favour the short ones. Coverage is the number of distinct 128-byte RAM contents seen at agent steps.
 
-results.json: method, game, seed, protocol, versions, hardware, and `evaluations`, each of one policy at one number of training frames:
+results.json: method, game, seed, and `evaluations`, each of one policy at one number of training frames:
 
     policy "agent" | "random"   step, frames (of training)   returns [...], lengths [...] (one an episode)   mean, human_normalised
-    coverage [[frames played, distinct states], ...]         unique_states at frames_of_unique_states, which both policies reached
+    coverage [[frames played, distinct states], ...]         unique_states within frames_of_unique_states, which both policies reached
+    protocol {epsilon, episodes, num_envs, seed, ...}        versions, hardware: by which, and with what, it was played
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import av
 import numpy as np
@@ -35,7 +36,7 @@ VIDEO_SECONDS = 120
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    run: tyro.conf.Positional[str]  # a run's folder, or its name under runs/
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]  # a run's folder, or its name under runs/
     episodes: int = 100  # of each policy, shared out evenly among the environments
     epsilon: float = 0.001  # probability of a random action; DrQ published 0.05
     num_envs: int = 8  # environments that play in parallel
@@ -61,7 +62,7 @@ class Played:
 
     returns: list[float] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
-    coverage: list[tuple[int, int]] = field(default_factory=list)  # frames played, distinct states so far
+    coverage: list[tuple[int, int]] = field(default_factory=list)  # frames played, distinct states so far: after every step
     frames: int = 0
     seconds: float = 0.0
 
@@ -92,7 +93,6 @@ def play(env, policy: Callable, episodes: int, seed: int, *, frames: int = 0, wa
         played.lengths += after.length[over].tolist()
         finished += over
         step = after
-    played.coverage = thinned(played.coverage)
     played.seconds = time.monotonic() - began
     return played
 
@@ -156,12 +156,20 @@ class Video:
 # The command ---------------------------------------------------------------------------------------------------------
 
 
+FORCED = {"life_loss_terminal": False, "backend": "processes"}  # whatever the run's options say, when environments are made for evaluation
+
+
 def evaluate(options: EvaluateConfig) -> int:
     run = Run.find(options.run)
+    with run.locked(".evaluate.lock"):  # a run may be evaluated while it trains, but by one process at a time
+        return measure(run, options)
+
+
+def measure(run: Run, options: EvaluateConfig) -> int:
     saved = run.config
     method, domain, config = load(saved)
     checkpoint = read_latest(run.folder) if options.checkpoint == "latest" else read_at(run.folder, options.checkpoint)
-    began, game = time.monotonic(), config.env.game
+    game = config.env.game
     with refusals():
         env = DOMAINS[domain](config.env, num_envs=min(options.num_envs, options.episodes), evaluation=True, seed=options.seed)
     with closing(env):
@@ -178,22 +186,28 @@ def evaluate(options: EvaluateConfig) -> int:
             mine = play(env, policy, options.episodes, options.seed, watch=video and video.watch)
         theirs = play(env, uniform(env.num_actions, random), options.episodes, options.seed, frames=mine.frames)
     equal = min(mine.frames, theirs.frames)
+    protocol = asdict(config.env) | FORCED | {"num_envs": env.num_envs, "episodes": options.episodes, "seed": options.seed}
     entries = [
         {
             "policy": name,
             "step": checkpoint.step,
             "frames": checkpoint.step * env.action_repeat,
-            "epsilon": epsilon,
+            "protocol": protocol | {"epsilon": epsilon},
+            "versions": versions(),
+            "hardware": hardware(),
             "mean": float(np.mean(played.returns)),
             "human_normalised": human_normalised(game, played),
             "unique_states": states_at(played, equal),
             "frames_of_unique_states": equal,
             "frames_played": played.frames,
-            **{key: value for key, value in asdict(played).items() if key != "frames"},
+            "returns": played.returns,
+            "lengths": played.lengths,
+            "coverage": thinned(played.coverage),
+            "seconds": played.seconds,
         }
         for name, epsilon, played in (("agent", options.epsilon, mine), ("random", 1.0, theirs))
     ]
-    write_results(run, saved, config, options, entries, time.monotonic() - began)
+    write_results(run, saved, config, entries)
     print(table(entries))
     print(f"{run.folder}/results.json" + (f", {video.path}" if video else ""))
     return 0
@@ -205,10 +219,11 @@ def human_normalised(game: str, played: Played) -> float | None:
 
 
 def states_at(played: Played, frames: int) -> int | None:
-    return int(np.interp(frames, *np.transpose(played.coverage))) if played.coverage else None
+    """Counted after the last step of all environments that ends within `frames`; None where there is no RAM."""
+    return max((states for at, states in played.coverage if at <= frames), default=None)
 
 
-def write_results(run: Run, saved: dict, config, options: EvaluateConfig, entries: list[dict], seconds: float) -> None:
+def write_results(run: Run, saved: dict, config, entries: list[dict]) -> None:
     """results.json keeps earlier evaluations, but for those of the same policy at the same step."""
     path = run.folder / "results.json"
     try:
@@ -216,15 +231,10 @@ def write_results(run: Run, saved: dict, config, options: EvaluateConfig, entrie
     except (ValueError, KeyError, TypeError):
         before = []  # damaged: written anew
     new = {(entry["policy"], entry["step"]) for entry in entries}
-    protocol = {
-        **asdict(config.env),
-        "life_loss_terminal": False,
-        **{key: getattr(options, key) for key in ("episodes", "epsilon", "num_envs", "seed")},
-    }
     results = {key: saved.get(key) for key in ("method", "domain", "preset", "transfer") if key in saved}
-    results |= {"game": config.env.game, "seed": config.seed, "protocol": protocol, "versions": versions(), "hardware": hardware()}
     results |= {
-        "seconds": seconds,
+        "game": config.env.game,
+        "seed": config.seed,
         "evaluations": [entry for entry in before if (entry.get("policy"), entry.get("step")) not in new] + entries,
     }
     write_json(path, results)
@@ -234,11 +244,12 @@ def table(entries: list[dict]) -> str:
     rows = [("policy", "score", "median", "human-normalised", "unique states", "steps an episode")]
     for entry in entries:
         hns, states = entry["human_normalised"], entry["unique_states"]
-        error = np.std(entry["returns"], ddof=1) / len(entry["returns"]) ** 0.5 if len(entry["returns"]) > 1 else float("nan")
+        several = len(entry["returns"]) > 1
+        error = f"{np.std(entry['returns'], ddof=1) / len(entry['returns']) ** 0.5:.1f}" if several else "n/a"
         rows.append(
             (
                 entry["policy"],
-                f"{entry['mean']:,.1f} ± {error:.1f}",
+                f"{entry['mean']:,.1f} ± {error}",
                 f"{np.median(entry['returns']):,.1f}",
                 "n/a" if hns is None else f"{100 * hns:.1f} %",
                 "n/a" if states is None else f"{states:,}",

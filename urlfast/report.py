@@ -16,6 +16,7 @@ from contextlib import closing
 from dataclasses import dataclass, field, replace
 from html import escape
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import tyro
@@ -47,7 +48,7 @@ VIDEO_LIMIT = 48_000_000  # bytes; base64 adds a third
 class Options:
     """What `urlfast report` takes."""
 
-    runs: tyro.conf.Positional[tuple[Path, ...]]
+    runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN [RUN ...]")]
     """Folders of runs, or names under runs/."""
     out: Path | None = None
     """The page; RUN/report.html for one run, report.html here for several."""
@@ -234,12 +235,15 @@ def interval(returns) -> tuple[float, float] | None:
 
 
 def coverage_at_equal_frames(agent: dict, random: dict | None) -> tuple[float, float | None, float] | None:
-    """(agent's unique states, random's, frames): both read at the frames that the shorter curve reaches."""
+    """(agent's unique states, random's, frames): both at the frames that the shorter curve reaches; as counted, where it was there."""
     mine, theirs = _coverage(agent), _coverage(random)
     if mine is None:
         return None
     if theirs is None:
         return mine[-1, 1], None, mine[-1, 0]
+    counted = [(e.get("unique_states"), e.get("frames_of_unique_states")) for e in (agent, random)]
+    if counted[0][0] is not None and counted[1][0] is not None and counted[0][1] == counted[1][1]:
+        return counted[0][0], counted[1][0], counted[0][1]
     frames = min(mine[-1, 0], theirs[-1, 0])
     return float(np.interp(frames, *mine.T)), float(np.interp(frames, *theirs.T)), frames
 
@@ -648,9 +652,9 @@ def play(story: Story) -> str:
 
 
 def about(story: Story) -> str:
-    results, options = story.results or {}, story.options
+    evaluation, options = story.evaluation("agent") or {}, story.options
     steps, seconds, rate = story.last("step"), story.last("seconds"), story.last("steps_per_second")
-    versions = story.config.get("versions") or results.get("versions") or {}
+    versions = story.config.get("versions") or evaluation.get("versions") or {}
     facts = [
         ("run", story.folder.name),
         ("method", story.config.get("method")),
@@ -662,11 +666,11 @@ def about(story: Story) -> str:
         ("training time", human_time(seconds) if seconds else None),
         ("speed at the end", f"{rate:.3g} steps/s" if rate else None),
         ("device", options.get("device")),
-        ("evaluated on", results.get("hardware")),
+        ("evaluated on", evaluation.get("hardware")),
         ("started", story.config.get("started")),
         ("versions", ", ".join(f"{k} {v}" for k, v in versions.items()) if isinstance(versions, dict) else versions),
     ]
-    protocol = results.get("protocol") or {}
+    protocol = evaluation.get("protocol") or {}
     out = pairs(facts)
     if protocol:
         out += f"<details><summary>Evaluation protocol</summary>{pairs(_flat(protocol).items())}</details>"

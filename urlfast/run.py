@@ -6,7 +6,7 @@ runs/apt-atari-ms_pacman-s1-20260131-140503/
     checkpoints/ replay/    see checkpoint.py
     results.json videos/    what `urlfast evaluate` measured and saw
     report.html             what `urlfast report` made of it
-    .lock                   held while a command writes here
+    .lock .evaluate.lock    held while a command trains, or evaluates, the run; a report needs neither
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ def versions() -> dict[str, str]:
 
 
 class Run:
-    """One run's folder. Reading needs nothing; a command that writes does so `with run.locked():`."""
+    """One run's folder. Reading needs nothing; what writes the same files does so `with run.locked(file):`."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
@@ -221,9 +221,14 @@ class Run:
         return config
 
     @contextmanager
-    def locked(self):
-        """Holds the run. A run in use is refused; one whose process was killed is free, since the kernel drops its lock."""
-        descriptor = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    def locked(self, file: str = ".lock"):
+        """Holds the run, by the lock of one kind of command. A run in use is refused; one whose process was killed is free, since the kernel drops its lock."""
+        try:
+            descriptor = os.open(self.folder / file, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
+            raise UserError(f"cannot write to {self.folder}: {error.strerror}") from None
         try:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
