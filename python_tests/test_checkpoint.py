@@ -95,11 +95,15 @@ def test_what_is_not_what_was_written_is_refused_by_name_and_the_one_before_it_u
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(run, capsys):
     flip(checkpoints(run.folder)[0] / "state.pt")
     assert train.run_train(["--resume", str(run.folder)]) == 0
-    assert "refused" in capsys.readouterr().out
+    aside = run.folder / "checkpoints" / ".refused-step-000000200"
+    out = capsys.readouterr().out
+    assert "refused: " in out and f"kept as {aside}, until 3 newer" in out and aside.is_dir()
     final = read_latest(run.folder, replay=True)
     assert (final.step, final.state["updates"]) == (200, 135)
     steps = [line["step"] for line in read_metrics(run.folder)]
     assert steps == sorted(set(steps)) and steps[-1] == 200
+    assert train.run_train(["--resume", str(run.folder), "--steps", "320"]) == 0
+    assert not aside.exists()
 
 
 class Execute:

@@ -198,8 +198,10 @@ def test_numbers_are_those_of_the_files(tmp_path, particles):
     mine, theirs = (e["coverage"][-1][1] for e in results["evaluations"])
     assert f"{mine / theirs:.2f}×" in words and f"{mine:,} against {theirs:,}, each in 400k frames" in words
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    rewards = [line["intrinsic_reward"] for line in lines]
-    assert f"mean {np.mean(rewards[:20]):.3g} in the first tenth of the run, {np.mean(rewards[-20:]):.3g} in the last" in words
+    accuracy = [line["contrastive_accuracy"] for line in lines]
+    first, last = np.mean(accuracy[:20]), np.mean(accuracy[-20:])
+    assert f"Contrastive accuracy {last:.0%}".replace("%", " %") in words and f"of the run; {first:.0%}".replace("%", " %") in words
+    assert f"random play, measured here, {random:.0f}" in words and "Published random play 307.3, published human 6,951.6" in words
     for text in ("torch 2.13.0", "Some CPU", "env.num_envs", "env.game", "method.k"):
         assert text in words
     assert f"{particles.reward.max():.3f}" in words and f"{particles.reward.min():.3f}" in words
@@ -244,6 +246,7 @@ def test_missing_parts_say_how_to_get_them(tmp_path):
     words = page.words()
     assert words.count(f"urlfast evaluate {run}") == 2 and "not evaluated yet" in words
     assert "No picture of the particles" in words and "no checkpoint" in words
+    assert "Dashed: published random play." in words
     assert "video" not in page.seen and "img" not in page.seen
     assert "Coverage" not in page.text and "Score by the evaluation protocol" not in page.text
     assert "Intrinsic reward over time" in page.text

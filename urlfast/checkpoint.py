@@ -120,7 +120,8 @@ def read_at(run: str | Path, step: str) -> Checkpoint:
 class Checkpoints:
     """Writes the checkpoints of a run that this process has locked, and keeps the newest `keep`.
 
-    loaded: the checkpoint that the run goes on from. Newer ones, which were refused, are set aside under a name that begins with a dot.
+    loaded: the checkpoint that the run goes on from. Newer ones, which were refused, are set aside under a name that begins with a dot,
+    and go when as many newer ones have been written as are kept.
     """
 
     def __init__(self, run: str | Path, keep: int, loaded: Checkpoint | None = None):
@@ -132,8 +133,10 @@ class Checkpoints:
             shutil.rmtree(path)
         for path in checkpoints(run):
             if loaded is None or step_of(path) > loaded.step:
-                shutil.rmtree(path.with_name(f".refused-{path.name}"), ignore_errors=True)
-                path.rename(path.with_name(f".refused-{path.name}"))
+                aside = path.with_name(f".refused-{path.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                path.rename(aside)
+                print(f"what was refused is kept as {aside}, until {keep} newer checkpoints are there", flush=True)
 
     def save(self, step: int, state: dict, replay) -> None:
         """Writes the checkpoint of `step`, then removes those that are too old, and the segments that none of the kept ones needs.
@@ -171,6 +174,9 @@ class Checkpoints:
             doomed = path.with_name(f".{path.name}.tmp")  # half removed, it must not look like a checkpoint
             path.rename(doomed)
             shutil.rmtree(doomed)
+        for path in self.run.glob("checkpoints/.refused-step-*"):
+            if len(kept) == self.keep and int(path.name.removeprefix(".refused-step-")) < step_of(kept[-1]):
+                shutil.rmtree(path)
         needed = {"manifest.json"}
         for path in kept:
             with suppress(Refused):  # damaged since: it needs nothing any more

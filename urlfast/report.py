@@ -25,8 +25,8 @@ from urlfast import __version__, stats
 from urlfast.figures import Chart, data_url, extent, png, short, smooth, thin
 from urlfast.run import Run, UserError, command, human_bytes, human_time, read_metrics, sync, sync_folder
 
-LEARNERS = {"drq": "DrQ", "drq-sac": "DrQ-SAC", "ddpg": "DDPG", "dreamer": "Dreamer", "r2d2": "R2D2"}  # on the environment's own reward
-METHODS = {"apt": "APT", "aps": "APS", "cpt": "CPT", "palm": "PALM", "apv": "APV"} | LEARNERS
+LEARNERS = {"drq": "DrQ"}  # on the environment's own reward
+METHODS = {"apt": "APT"} | LEARNERS
 BESIDE = {
     "seed",
     "env.game",
@@ -253,9 +253,9 @@ def _coverage(evaluation: dict | None) -> np.ndarray | None:
     return points if points.ndim == 2 and points.shape[1] == 2 and len(points) else None
 
 
-def reward_trend(story: Story) -> tuple[float, float] | None:
-    """Mean intrinsic reward over the first and the last tenth of the logged lines."""
-    _, values = story.metrics.get("intrinsic_reward", ((), np.empty(0)))
+def trend(story: Story, name: str) -> tuple[float, float] | None:
+    """Mean of a metric over the first and the last tenth of the logged lines."""
+    _, values = story.metrics.get(name, ((), np.empty(0)))
     values = values[np.isfinite(values)] if len(values) else values
     tenth = math.ceil(len(values) / 10)
     return (float(values[:tenth].mean()), float(values[-tenth:].mean())) if len(values) >= 2 else None
@@ -339,7 +339,7 @@ def tiles(story: Story) -> str:
         out.append(tile("Agent steps", number(steps), note + (f", {human_time(seconds)} of training" if seconds else "")))
     agent, random = story.evaluation("agent"), story.evaluation("random")
     if agent:
-        note = f"random play {number(np.mean(random['returns']))}" if random else f"over {len(agent['returns'])} episodes"
+        note = f"random play, measured here, {number(np.mean(random['returns']))}" if random else f"over {len(agent['returns'])} episodes"
         out.append(
             tile(
                 "Score",
@@ -353,10 +353,10 @@ def tiles(story: Story) -> str:
             out.append(tile("Unique states, against random", f"{covered[0] / covered[1]:.2f}×", note))
         elif covered:
             out.append(tile("Unique states", number(covered[0]), f"in {short(covered[2])} frames"))
-    trend = reward_trend(story)
-    if trend:
-        change = f"{trend[1] / trend[0] - 1:+.0%}".replace("-", "−").replace("%", NBSP + "%") if trend[0] > 0 else number(trend[1])
-        out.append(tile("Intrinsic reward", change, f"mean {trend[0]:.3g} in the first tenth of the run, {trend[1]:.3g} in the last"))
+    accuracy = trend(story, "contrastive_accuracy")  # not the intrinsic reward, whose unit moves with the encoder
+    if accuracy:
+        note = f"of the encoder in the last tenth of the run; {percent(accuracy[0], 0)} in the first"
+        out.append(tile("Contrastive accuracy", percent(accuracy[1], 0), note))
     elif story.last("episodes") is not None:
         out.append(tile("Episodes", number(story.last("episodes")), "finished while training"))
     return f'<div class="tiles">{"".join(out)}</div>' if out else ""
@@ -386,15 +386,17 @@ def curve(story: Story, name: str, heading: str, caption: str, bounds=(), levels
 def learning(story: Story) -> str:
     random = story.evaluation("random")
     if random:
-        levels = [(float(np.mean(random["returns"])), "random")]
+        levels, dashed = [(float(np.mean(random["returns"])), "random")], " Dashed: random play, measured here."
+    elif story.game in stats.ATARI_SCORES:
+        levels, dashed = [(stats.ATARI_SCORES[story.game][0], "random")], " Dashed: published random play."
     else:
-        levels = [(stats.ATARI_SCORES[story.game][0], "random")] if story.game in stats.ATARI_SCORES else []
+        levels, dashed = [], ""
     return grid(
         curve(
             story,
             "score",
             "Score of finished episodes",
-            "Mean unclipped score of the episodes that ended since the last log line, explored as in training. Dashed: random play.",
+            "Mean unclipped score of the episodes that ended since the last log line, explored as in training." + dashed,
             levels=levels,
         ),
         curve(
@@ -466,7 +468,9 @@ def scores(story: Story) -> str:
     )
     if story.game in stats.ATARI_SCORES:
         random, human = stats.ATARI_SCORES[story.game]
-        caption += f" Published: random play {random:,g}, human {human:,g}; human-normalised score of the agent {percent(story.hns)}."
+        caption += (
+            f" Published random play {random:,g}, published human {human:,g}; human-normalised score of the agent {percent(story.hns)}."
+        )
     return figure(chart.svg(), caption, "Score by the evaluation protocol")
 
 

@@ -222,7 +222,10 @@ class Run:
 
     @contextmanager
     def locked(self, file: str = ".lock"):
-        """Holds the run, by the lock of one kind of command. A run in use is refused; one whose process was killed is free, since the kernel drops its lock."""
+        """Holds the run, by the lock of one kind of command.
+
+        A run in use is refused; one whose process was killed is free, since the kernel drops its lock.
+        """
         try:
             descriptor = os.open(self.folder / file, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
