@@ -408,7 +408,7 @@ inline Output output_like(const Tensor& input, DType dtype, const std::vector<in
 // "cpu", "cuda", "cuda:1", a torch.device, or an index-less cuda device (0). Checked: a CUDA device is usable when this
 // returns.
 inline Device parse_device(py::handle object, const char* argument = "device") {
-  const auto name = py::str(object).cast<std::string>();
+  const auto name = Given<std::string>{py::str(object)}.as(argument, "'cpu', 'cuda' or 'cuda:N'");
   if (name == "cpu") return {};
   const bool cuda = name == "cuda" || (name.rfind("cuda:", 0) == 0 && name.size() > 5 && name.size() < 9 &&
                                        name.find_first_not_of("0123456789", 5) == std::string::npos);

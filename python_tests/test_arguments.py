@@ -127,6 +127,7 @@ OTHERS = [
     (TypeError, r"shape: must be an int or a tuple of ints, got 2\.0", lambda: RunningNormalizer(shape=2.0)),
     (TypeError, r"shape: must be an int or a tuple of ints, got 1\.5", lambda: RunningNormalizer(shape=(3, 1.5))),
     (TypeError, r"shape: must be an int or a tuple of ints, got True", lambda: RunningNormalizer(shape=True)),
+    (TypeError, r"device: must be 'cpu', 'cuda' or 'cuda:N', got '\\ud800'", lambda: RunningNormalizer(device="\ud800")),
     (TypeError, r"clip: must be None or a number, got 'x'", lambda: RunningNormalizer(clip="x")),
     (TypeError, r"other: must be a RunningNormalizer, got None", lambda: RunningNormalizer().merge(None)),
     (TypeError, r"state: must be a dict, got None", lambda: RunningNormalizer().load_state_dict(None)),
@@ -154,6 +155,14 @@ OTHERS = [
 def test_the_message_names_the_argument(kind, message, call):
     with pytest.raises(kind, match=f"^{message}"):
         call()
+
+
+@pytest.mark.parametrize("make", [lambda: RunningNormalizer(clip="x"), lambda: EpisodicMemory(2, 4, "x")], ids=["normalizer", "memory"])
+def test_an_object_that_was_refused_can_be_shown(make):
+    with pytest.raises(TypeError) as error:
+        make()
+    shown = repr(error.traceback[2].frame.f_locals["self"])  # as pytest, rich and debuggers do
+    assert shown in ("RunningNormalizer(refused)", "EpisodicMemory(refused)")
 
 
 # Arrays that cannot be taken ----------------------------------------------------------------------------------------------

@@ -118,12 +118,13 @@ class EpisodicMemory(_core.EpisodicMemory):
 
     def __init__(self, num_streams, capacity, dim, *, k=10, device="cpu"):
         super().__init__(num_streams, capacity, dim, k, device)
+        self._shown = f"EpisodicMemory({self.num_streams}, {self.capacity}, {self.dim}, k={self.k}, device={self.device!r})"
 
     def step(self, embeddings, reset):
         return super().step(_detached(embeddings), reset)
 
     def __repr__(self):
-        return f"EpisodicMemory({self.num_streams}, {self.capacity}, {self.dim}, k={self.k}, device={self.device!r})"
+        return self.__dict__.get("_shown", "EpisodicMemory(refused)")  # a traceback may show one whose native part was never made
 
 
 # normaliser -----------------------------------------------------------------------------------------------------------
@@ -163,10 +164,11 @@ class RunningNormalizer(_core.RunningNormalizer):
 
     def __init__(self, mode="mean", *, shape=(), epsilon=1e-8, clip=None, momentum=0.99, device="cpu"):
         super().__init__(mode, shape, epsilon, clip, momentum, device)
+        arguments = f"{self.mode!r}, shape={self.shape}, epsilon={self.epsilon}, clip={self.clip}, momentum={self.momentum}"
+        self._shown = f"RunningNormalizer({arguments}, device={self.device!r})"
 
     def __repr__(self):
-        arguments = f"{self.mode!r}, shape={self.shape}, epsilon={self.epsilon}, clip={self.clip}, momentum={self.momentum}"
-        return f"RunningNormalizer({arguments}, device={self.device!r})"
+        return self.__dict__.get("_shown", "RunningNormalizer(refused)")  # a traceback may show one whose native part was never made
 
     def __reduce__(self):  # for copy.deepcopy and pickle
         return _restored_normalizer, (self.mode, self.shape, self.epsilon, self.clip, self.momentum, self.device, self.state_dict())
