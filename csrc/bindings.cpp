@@ -88,9 +88,10 @@ PYBIND11_MODULE(_core, m) {
   m.def("num_threads", &num_threads);
   m.def(
       "set_num_threads",
-      [](int n) {
+      [](Given<int64_t> n_in) {
+        const int64_t n = n_in.as("n");
         require(n >= 1 && n <= 4096, "n", "must lie in 1..4096, got ", n);
-        set_num_threads(n);
+        set_num_threads(int(n));
       },
       py::arg("n"));
   py::class_<DeviceArray>(m, "DeviceArray", "An array on a CUDA device, for any library that speaks DLPack.")

@@ -12,6 +12,7 @@
 #include <utility>
 #include <vector>
 
+#include "bindings_scalars.hpp"
 #include "common/check.hpp"
 #include "common/cuda.hpp"
 #include "common/dlpack.hpp"
@@ -129,6 +130,14 @@ inline std::optional<DType> dtype_from_name(const std::string& name) {
   return std::nullopt;
 }
 
+// "bool, uint8, ..., float64": what an array may hold at all.
+inline std::string known_dtypes(bool numpy = false) {
+  std::string names;
+  for (int i = 0; i <= int(DType::f64); ++i)
+    if (!numpy || DType(i) != DType::bf16) names += text(i ? ", " : "", dtype_name(DType(i)));
+  return names;
+}
+
 // A borrowed array. Construction checks that it is one; everything else is checked by the function that takes it.
 // Must be made and destroyed with the GIL held.
 class Tensor : public View {
@@ -188,7 +197,7 @@ class Tensor : public View {
     else if (kind == 'V' && bits == 16)  // ml_dtypes' bfloat16
       known = dtype_from_name(py::str(type.attr("name")).cast<std::string>());
     if (!known)
-      throw py::type_error(text(name_, ": must have a boolean, integer or floating dtype, got ",
+      throw py::type_error(text(name_, ": must have one of the dtypes ", known_dtypes(), ", got ",
                                 py::str(type.attr("name")).cast<std::string>()));
     dtype = *known;
     if (const char order = type.byteorder(); order == '>' || order == '<') {  // native is '=' or '|'
@@ -212,7 +221,7 @@ class Tensor : public View {
       dlpack::DLManagedTensorVersioned* managed = nullptr;
       if (api->from_object(object_.ptr(), &managed) != 0) {
         const py::error_already_set error;
-        throw py::type_error(text(name_, ": cannot be shared: ", error.what()));
+        refuse_sharing(error);
       }
       own(managed);
       if (device.cuda) {
@@ -226,8 +235,8 @@ class Tensor : public View {
     if (!py::hasattr(object_, "__dlpack__") || !py::hasattr(object_, "__dlpack_device__"))
       throw py::type_error(text(name_,
                                 ": must be an array (NumPy, torch, CuPy, JAX, or anything with __dlpack__), got ",
-                                py::str(py::type::handle_of(object_).attr("__qualname__")).cast<std::string>()));
-    const auto where = object_.attr("__dlpack_device__")().cast<py::tuple>();
+                                type_name(object_)));
+    const py::tuple where = asked([&] { return object_.attr("__dlpack_device__")(); });
     take_device({where[0].cast<int>(), where[1].cast<int>()});
     py::dict arguments;
     if (device.cuda) {
@@ -242,8 +251,8 @@ class Tensor : public View {
       versioned["max_version"] = py::make_tuple(1, 0);
       capsule = object_.attr("__dlpack__")(**versioned);
     } catch (py::error_already_set& error) {
-      if (!error.matches(PyExc_TypeError)) throw py::type_error(text(name_, ": cannot be shared: ", error.what()));
-      capsule = object_.attr("__dlpack__")(**arguments);  // older than DLPack 1.0
+      if (!error.matches(PyExc_TypeError)) refuse_sharing(error);
+      capsule = asked([&] { return object_.attr("__dlpack__")(**arguments); });  // older than DLPack 1.0
     }
     if (PyCapsule_IsValid(capsule.ptr(), "dltensor_versioned")) {
       auto* managed =
@@ -260,6 +269,19 @@ class Tensor : public View {
       take(managed->dl_tensor);
     } else {
       throw py::type_error(text(name_, ": __dlpack__ must return a DLPack capsule"));
+    }
+  }
+
+  [[noreturn]] void refuse_sharing(const py::error_already_set& error) const {
+    throw py::type_error(text(name_, ": cannot be shared: ", first_line(error.what())));
+  }
+
+  template <class Call>
+  py::object asked(Call call) const {
+    try {
+      return call();
+    } catch (const py::error_already_set& error) {
+      refuse_sharing(error);
     }
   }
 
@@ -285,7 +307,7 @@ class Tensor : public View {
     take_device(t.device);
     const auto known = dtype_from_dlpack(t.dtype);
     if (!known)
-      throw py::type_error(text(name_, ": must have a boolean, integer or floating dtype, got DLPack type code ",
+      throw py::type_error(text(name_, ": must have one of the dtypes ", known_dtypes(), ", got DLPack type code ",
                                 int(t.dtype.code), " with ", int(t.dtype.bits), " bits"));
     dtype = *known;
     require(t.ndim <= kMaxRank, name_, "must have at most ", kMaxRank, " axes, got ", t.ndim);
@@ -386,7 +408,7 @@ inline Output output_like(const Tensor& input, DType dtype, const std::vector<in
 // "cpu", "cuda", "cuda:1", a torch.device, or an index-less cuda device (0). Checked: a CUDA device is usable when this
 // returns.
 inline Device parse_device(py::handle object, const char* argument = "device") {
-  const auto name = py::str(object).cast<std::string>();
+  const auto name = Given<std::string>{py::str(object)}.as(argument, "'cpu', 'cuda' or 'cuda:N'");
   if (name == "cpu") return {};
   const bool cuda = name == "cuda" || (name.rfind("cuda:", 0) == 0 && name.size() > 5 && name.size() < 9 &&
                                        name.find_first_not_of("0123456789", 5) == std::string::npos);

@@ -30,8 +30,7 @@ std::vector<int64_t> host_lengths(const py::object& object, int64_t problems, in
                                                 : lengths.as<int32_t>()[i * lengths.strides[0]]);
   } else {
     if (!py::isinstance<py::sequence>(object))
-      throw py::type_error(text("lengths: must be a sequence of integers, got ",
-                                py::str(py::type::handle_of(object).attr("__qualname__")).cast<std::string>()));
+      throw py::type_error(text("lengths: must be a sequence of integers, got ", type_name(object)));
     for (py::handle item : py::reinterpret_borrow<py::sequence>(object)) take(item);
   }
   require(int64_t(out.size()) == problems, "lengths", "must have one entry for each of the ", problems,
@@ -150,9 +149,9 @@ void run_reward(const Call& call, const KnnReward& reward, Normalizer& normalize
   knn_finish_cpu(p, reward, kept, state, normalizer.rule(), out);
 }
 
-py::tuple knn(const py::object& queries, const py::object& keys, int64_t k, const py::object& lengths,
-              bool include_self) {
-  const Call call = check(queries, keys, k, lengths, include_self, "queries", "keys");
+py::tuple knn(const py::object& queries, const py::object& keys, Given<int64_t> k, const py::object& lengths,
+              Given<bool> include_self) {
+  const Call call = check(queries, keys, k.as("k"), lengths, include_self.as("include_self"), "queries", "keys");
   const Output distances = output_like(call.queries, call.result(), call.shape(true));
   const Output indices = output_like(call.queries, DType::i64, call.shape(true));
   {
@@ -162,18 +161,20 @@ py::tuple knn(const py::object& queries, const py::object& keys, int64_t k, cons
   return py::make_tuple(distances.result(), indices.result());
 }
 
-py::object knn_reward(const py::object& z, int64_t k, const py::object& memory, const py::object& lengths,
-                      const std::string& reduction, double exponent, double c, bool include_self,
-                      const py::object& normalizer_in, bool update_normalizer) {
-  const Call call = check(z, memory, k, lengths, include_self, "z", "memory");
+py::object knn_reward(const py::object& z, Given<int64_t> k, const py::object& memory, const py::object& lengths,
+                      Given<std::string> reduction_in, Given<double> exponent_in, Given<double> c_in,
+                      Given<bool> include_self, const py::object& normalizer_in, Given<bool> update_in) {
+  const Call call = check(z, memory, k.as("k"), lengths, include_self.as("include_self"), "z", "memory");
+  const auto reduction = reduction_in.as("reduction", "'mean' or 'kth'");
+  const double exponent = exponent_in.as("exponent"), c = c_in.as("c");
+  const bool update_normalizer = update_in.as("update_normalizer");
   require(reduction == "mean" || reduction == "kth", "reduction", "must be 'mean' or 'kth', got '", reduction, "'");
   require(exponent > 0 && std::isfinite(exponent), "exponent", "must be positive and finite, got ", exponent);
   require(c > 0 && std::isfinite(c), "c", "must be positive and finite, got ", c);
   Normalizer* normalizer = nullptr;
   if (!normalizer_in.is_none()) {
     if (!py::isinstance<Normalizer>(normalizer_in))
-      throw py::type_error(text("normalizer: must be a RunningNormalizer, got ",
-                                py::str(py::type::handle_of(normalizer_in).attr("__qualname__")).cast<std::string>()));
+      throw py::type_error(text("normalizer: must be a RunningNormalizer, got ", type_name(normalizer_in)));
     normalizer = normalizer_in.cast<Normalizer*>();
     require(normalizer->features() == 1, "normalizer", "must have shape (), got ", normalizer->features(), " features");
     require(normalizer->device() == call.queries.device, "normalizer", "must lie on ", call.queries.device.name(),
@@ -196,8 +197,10 @@ py::object knn_reward(const py::object& z, int64_t k, const py::object& memory, 
   return out.result();
 }
 
-std::unique_ptr<EpisodicMemory> make_memory(int64_t streams, int64_t capacity, int64_t dim, int64_t k,
-                                            const py::object& device) {
+std::unique_ptr<EpisodicMemory> make_memory(Given<int64_t> streams_in, Given<int64_t> capacity_in,
+                                            Given<int64_t> dim_in, Given<int64_t> k_in, const py::object& device) {
+  const int64_t streams = streams_in.as("num_streams"), capacity = capacity_in.as("capacity"), dim = dim_in.as("dim"),
+                k = k_in.as("k");
   constexpr int64_t kMost = int64_t(1) << 31;
   require(streams >= 1 && streams < kMost, "num_streams", "must lie in 1..2^31 - 1, got ", streams);
   require(capacity >= 1 && capacity < kMost, "capacity", "must lie in 1..2^31 - 1, got ", capacity);
@@ -245,7 +248,8 @@ py::dict memory_state(const EpisodicMemory& self) {
   return out;
 }
 
-void load_memory_state(EpisodicMemory& self, const py::dict& state) {
+void load_memory_state(EpisodicMemory& self, Given<py::dict> state_in) {
+  const auto state = state_in.as("state");
   for (const char* key : {"lengths", "rows"})
     require(state.contains(key), "state", "has no '", key, "': not an EpisodicMemory's state_dict");
   const std::vector<int64_t> lengths = host_lengths(state["lengths"], self.streams(), self.capacity());

@@ -20,9 +20,13 @@ struct LatentDynamics : Latent {
   std::array<py::object, 5> views;  // by Library, made at first need
 };
 
-std::unique_ptr<LatentDynamics> make(int64_t num_envs, int64_t latent_dim, int64_t num_classes, double alpha,
-                                     double beta, int64_t episode_length, const py::int_& seed,
-                                     const py::object& device) {
+std::unique_ptr<LatentDynamics> make(Given<int64_t> num_envs_in, Given<int64_t> latent_dim_in,
+                                     Given<int64_t> num_classes_in, Given<double> alpha_in, Given<double> beta_in,
+                                     Given<int64_t> episode_length_in, Given<uint64_t> seed, const py::object& device) {
+  const int64_t num_envs = num_envs_in.as("num_envs"), latent_dim = latent_dim_in.as("latent_dim"),
+                num_classes = num_classes_in.as("num_classes"), episode_length = episode_length_in.as("episode_length");
+  const double alpha = alpha_in.as("alpha"), beta = beta_in.as("beta");
+  const uint64_t key = seed.as("seed");
   constexpr int64_t kMost = int64_t(1) << 31;
   require(num_envs >= 1 && num_envs <= kMost, "num_envs", "must lie in 1..2^31, got ", num_envs);
   require(latent_dim >= 1 && latent_dim <= kMost, "latent_dim", "must lie in 1..2^31, got ", latent_dim);
@@ -33,11 +37,6 @@ std::unique_ptr<LatentDynamics> make(int64_t num_envs, int64_t latent_dim, int64
   require(alpha >= 0 && alpha <= 1, "alpha", "must lie in [0, 1], got ", alpha);
   require(beta >= 0 && beta <= 1, "beta", "must lie in [0, 1], got ", beta);
   require(episode_length >= 1, "episode_length", "must be at least 1, got ", episode_length);
-  const uint64_t key = PyLong_AsUnsignedLongLong(seed.ptr());
-  if (PyErr_Occurred()) {
-    PyErr_Clear();
-    throw std::invalid_argument(text("seed: must lie in 0..2^64-1, got ", py::str(seed).cast<std::string>()));
-  }
   const Device where = parse_device(device);
   const Library library = py::isinstance<py::str>(device) ? Library::numpy : library_of(device);
   return std::make_unique<LatentDynamics>(LatentShape{num_envs, latent_dim, uint32_t(num_classes), episode_length},
@@ -129,7 +128,8 @@ py::dict state_dict(const LatentDynamics& self) {
   return out;
 }
 
-void load_state_dict(LatentDynamics& self, const py::dict& state) {
+void load_state_dict(LatentDynamics& self, Given<py::dict> state_in) {
+  const auto state = state_in.as("state");
   const auto as = [&](const char* key, auto kind) {
     require(state.contains(key), "state", "has no '", key, "': not a LatentDynamics' state_dict");
     try {
@@ -196,15 +196,15 @@ bool dense(const View& v) {
 std::vector<Tensor> tensors(const py::object& list, const char* name, std::deque<std::string>& names) {
   if (py::hasattr(list, "__dlpack__") || py::isinstance<py::str>(list) || py::isinstance<py::dict>(list) ||
       !py::hasattr(list, "__iter__"))
-    throw py::type_error(text(name, ": must be a list or another iterable of arrays, got ",
-                              py::str(py::type::handle_of(list).attr("__qualname__")).cast<std::string>()));
+    throw py::type_error(text(name, ": must be a list or another iterable of arrays, got ", type_name(list)));
   std::vector<Tensor> out;
   for (py::handle item : py::iter(list)) out.emplace_back(item, indexed_name(names, name, out.size()));
   return out;
 }
 
-void ema_update(const py::object& targets_in, const py::object& sources_in, double tau) {
+void ema_update(const py::object& targets_in, const py::object& sources_in, Given<double> tau_in) {
   static auto &target_names = *new std::deque<std::string>, &source_names = *new std::deque<std::string>;
+  const double tau = tau_in.as("tau");
   require(tau >= 0 && tau <= 1, "tau", "must lie in [0, 1], got ", tau);
   const std::vector<Tensor> targets = tensors(targets_in, "targets", target_names);
   const std::vector<Tensor> sources = tensors(sources_in, "sources", source_names);

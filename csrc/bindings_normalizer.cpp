@@ -25,8 +25,24 @@ std::string shape_text(const std::vector<int64_t>& shape) {
   return view.shape_text();
 }
 
-std::unique_ptr<RunningNormalizer> make(const std::string& mode, const std::vector<int64_t>& shape, double epsilon,
-                                        std::optional<double> clip, double momentum, const py::object& device) {
+// A shape: a tuple or list of ints, or one alone.
+std::vector<int64_t> sizes(const py::object& object, const char* argument) {
+  constexpr const char* kAccepted = "an int or a tuple of ints";
+  if (!py::isinstance<py::tuple>(object) && !py::isinstance<py::list>(object))
+    return {Given<int64_t>{object}.as(argument, kAccepted)};
+  std::vector<int64_t> out;
+  for (py::handle item : object) out.push_back(Given<int64_t>{item}.as(argument, kAccepted));
+  return out;
+}
+
+std::unique_ptr<RunningNormalizer> make(Given<std::string> mode_in, const py::object& shape_in,
+                                        Given<double> epsilon_in, std::optional<Given<double>> clip_in,
+                                        Given<double> momentum_in, const py::object& device) {
+  const auto mode = mode_in.as("mode", "'mean', 'std', 'var' or 'ema_abs'");
+  const std::vector<int64_t> shape = sizes(shape_in, "shape");
+  const double epsilon = epsilon_in.as("epsilon"), momentum = momentum_in.as("momentum");
+  std::optional<double> clip;
+  if (clip_in) clip = clip_in->as("clip", "None or a number");
   StatisticRule rule;
   int found = -1;
   for (int i = 0; i < 4; ++i)
@@ -52,7 +68,7 @@ std::unique_ptr<RunningNormalizer> make(const std::string& mode, const std::vect
 
 // Rows of x, checked.
 int64_t rows_of(const RunningNormalizer& self, const Tensor& x) {
-  if (!is_floating(x.dtype)) throw py::type_error(text("x: must be a floating dtype, got ", dtype_name(x.dtype)));
+  x.require_dtype({DType::f16, DType::bf16, DType::f32, DType::f64});
   x.require_device(self.device(), "the normalizer");
   x.require_contiguous();
   const int rank = int(self.shape.size());
@@ -127,7 +143,8 @@ py::dict state_dict(const RunningNormalizer& self) {
   return out;
 }
 
-void load_state_dict(RunningNormalizer& self, const py::dict& state) {
+void load_state_dict(RunningNormalizer& self, Given<py::dict> state_in) {
+  const auto state = state_in.as("state");
   const auto get = [&](const char* key) {
     require(state.contains(key), "state", "has no '", key, "': not a RunningNormalizer's state_dict");
     return py::object(state[key]);
@@ -156,7 +173,9 @@ void load_state_dict(RunningNormalizer& self, const py::dict& state) {
   self.write(values.data());
 }
 
-void merge(RunningNormalizer& self, const RunningNormalizer& other) {
+void merge(RunningNormalizer& self, const py::object& other_in) {
+  if (!py::isinstance<RunningNormalizer>(other_in)) refuse_type("other", "a RunningNormalizer", other_in);
+  const auto& other = other_in.cast<const RunningNormalizer&>();
   require(self.rule().mode != StatisticMode::ema_abs, "other", "cannot be merged: an 'ema_abs' average has an order");
   require(other.rule().mode == self.rule().mode, "other", "must have mode '", self.mode(), "', got '", other.mode(),
           "'");

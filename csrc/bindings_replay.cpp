@@ -182,8 +182,8 @@ class PyReplay {
       ReplayField field;
       field.name = name;
       const auto known = dtype_from_name(dtype);
-      require(known && *known != DType::bf16, "fields", "'", name,
-              "' must have a boolean, integer or floating NumPy dtype, got ", dtype);
+      require(known && *known != DType::bf16, "fields", "'", name, "' must have one of the dtypes ", known_dtypes(true),
+              ", got ", dtype);
       field.dtype = *known;
       field.shape = shape;
       double bytes = double(item_size(*known));
@@ -193,6 +193,9 @@ class PyReplay {
       }
       require(shape.size() <= 5, "fields", "'", name, "' must have at most 5 axes, got ", shape.size());
       require(bytes <= double(int64_t(1) << 40), "fields", "'", name, "' takes more than 2^40 bytes a row");
+      if (c.shape.stride == 1)
+        require(every == 1, "fields", "'", name, "' must have every=1 ",
+                n_step ? "(another is for sequences)" : "(the stride is 1)", ", got ", every);
       require(every == 1 || every == c.shape.stride, "fields", "'", name,
               "' must have every=1 or every=", c.shape.stride,
               " (the stride: what is kept at sequence starts only), got ", every);
@@ -240,8 +243,9 @@ class PyReplay {
     last.reset();
   }
 
-  void add(const py::dict& rows, py::object streams) {
+  void add(Given<py::dict> rows_in, py::object streams) {
     const auto replay = alive();
+    const auto rows = rows_in.as("rows", "a dict of str to arrays");
     const ReplayConfig& config = replay->config();
     std::vector<Column> columns;
     columns.reserve(config.fields.size() + 5);
@@ -279,6 +283,9 @@ class PyReplay {
       out.priority = column("priority", DType::f32, scalar);
     }
     if (used != rows.size()) refuse_unknown(rows, config);
+    // one would spoil the targets of every window it lies in
+    for (int64_t i = 0; !out.reward.on_device && i < count; ++i)
+      require(!std::isnan(*out.reward.row<float>(i)), "reward", "must not be NaN, got NaN in row ", i);
     CUstream_st* queue = stream.begin();
     py::gil_scoped_release unlocked;
     replay->add(out, queue);

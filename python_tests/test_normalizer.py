@@ -247,7 +247,7 @@ ERRORS = [
     (ValueError, r"momentum: must lie in \[0, 1\), got 1", lambda: RunningNormalizer(momentum=1.0)),
     (ValueError, "device: must be 'cpu', 'cuda' or 'cuda:N', got 'tpu'", lambda: RunningNormalizer(device="tpu")),
     (TypeError, "x: must be an array", lambda: RunningNormalizer()([1.0, 2.0])),
-    (TypeError, "x: must be a floating dtype, got int64", lambda: RunningNormalizer()(np.arange(3))),
+    (TypeError, "x: must have dtype float16, bfloat16, float32, float64, got int64", lambda: RunningNormalizer()(np.arange(3))),
     (ValueError, "x: must not be empty", lambda: RunningNormalizer().update(np.empty((0, 2)))),
     (ValueError, r"x: must end in the normalizer's shape \(3,\), got \(3, 4\)", lambda: RunningNormalizer(shape=(3,))(ok.T.copy())),
     (ValueError, "x: must be C-contiguous; pass np.ascontiguousarray", lambda: RunningNormalizer()(ok.T)),

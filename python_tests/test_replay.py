@@ -645,7 +645,10 @@ SEQUENCES = {"n_step": None, "gamma": None, "sequence_length": 8}
         ({"fields": {"observation": GREY, "next_observation": Field()}}, "fields: 'next_observation' is a name"),
         ({"fields": {"observation": GREY, "a b": Field()}}, "fields: 'a b' must be an identifier"),
         ({"fields": {"observation": Field((0, 2), "uint8")}}, "fields: 'observation' must have a shape of positive"),
-        ({"fields": {"observation": Field((2,), "complex64")}}, "fields: 'observation' must have a boolean"),
+        (
+            {"fields": {"observation": Field((2,), "complex64")}},
+            "fields: 'observation' must have one of the dtypes bool, uint8, .*float16, float32, float64, got complex64",
+        ),
         ({"fields": {"observation": Field((2**50,), "uint8")}}, "more than 2\\^40 bytes"),
         ({"fields": {"observation": Field((2,) * 6, "uint8")}}, "at most 5 axes"),
         ({"fields": {"observation": GREY, "state": Field((2,), "float32", 3)}}, "'state' must have every=1"),
@@ -803,7 +806,7 @@ def test_a_closed_replay_says_so(tmp_path):
 @pytest.mark.parametrize("size", [0, -1, 2**40, 2**70, 1.0, None, "3"])
 def test_batch_sizes_are_checked(size):
     replay, _ = filled()
-    with pytest.raises((ValueError, TypeError), match=r"B: must (lie in 1\.\.|be an int)"):
+    with pytest.raises((ValueError, TypeError), match=r"B: must (lie in (1|-2\^63)\.\.|be an int)"):
         replay.sample(size)
 
 

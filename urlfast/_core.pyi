@@ -85,7 +85,7 @@ class RunningNormalizer(Normalizer):
     def __init__(
         self,
         mode: str,
-        shape: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+        shape: typing.Any,
         epsilon: typing.SupportsFloat | typing.SupportsIndex,
         clip: typing.SupportsFloat | typing.SupportsIndex | None,
         momentum: typing.SupportsFloat | typing.SupportsIndex,
@@ -95,7 +95,7 @@ class RunningNormalizer(Normalizer):
         """
         Continues from a state_dict of the same mode and shape.
         """
-    def merge(self, other: RunningNormalizer) -> None:
+    def merge(self, other: typing.Any) -> None:
         """
         Takes what another normalizer of the same mode and shape has seen.
         """
@@ -142,6 +142,8 @@ class SequenceReplay:
     """
     What urlfast.SequenceReplay stands on.
     """
+    @staticmethod
+    def stacks(frames: typing.Any, stack: typing.SupportsInt | typing.SupportsIndex) -> DeviceArray: ...
     def __init__(
         self,
         capacity: typing.SupportsInt | typing.SupportsIndex,
@@ -190,8 +192,6 @@ class SequenceReplay:
         self, rows_path: str, state_path: str, begin: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]
     ) -> tuple: ...
     def size(self) -> int: ...
-    @staticmethod
-    def stacks(frames: typing.Any, stack: typing.SupportsInt | typing.SupportsIndex) -> DeviceArray: ...
     def stale_updates(self) -> int: ...
     def totals(self) -> tuple[int, int]: ...
     def update_priorities(self, indices: typing.Any, td: typing.Any, mask: typing.Any) -> None: ...
@@ -207,7 +207,7 @@ class LatentDynamics:
         alpha: typing.SupportsFloat | typing.SupportsIndex,
         beta: typing.SupportsFloat | typing.SupportsIndex,
         episode_length: typing.SupportsInt | typing.SupportsIndex,
-        seed: int,
+        seed: typing.SupportsInt | typing.SupportsIndex,
         device: typing.Any,
     ) -> None: ...
     def load_state_dict(self, state: dict) -> None:

@@ -7,8 +7,10 @@ import json
 import operator
 import os
 import re
+import reprlib
 import sys
 import tempfile
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -49,8 +51,8 @@ def knn(queries, keys=None, k=12, *, lengths=None, include_self=True):
     Returns (distances, indices), (B, k) or (S, B, k), in queries' library, on queries' device, without gradient: float64 for float64 and
     float32 otherwise (computed in that precision, from differences, so a large mean costs no digits); int64. Where a problem has fewer
     than k keys, rows end in infinity and -1. Deterministic, whatever the number of threads.
-    Raises TypeError (no array, dtype), ValueError (shape, layout, k, lengths, devices; on the CPU also NaN or infinity in rows in use: on
-    CUDA NaN propagates instead).
+    Raises TypeError (no array, dtype, a wrong type), ValueError (shape, layout, k, lengths, devices; on the CPU also NaN or infinity in
+    rows in use: on CUDA NaN propagates instead).
     """
     return _core.knn(_detached(queries), _detached(keys), k, lengths, include_self)
 
@@ -83,7 +85,7 @@ def knn_reward(
         update_normalizer is False, and are then divided by its scale, clipped if it clips, raised to the exponent and reduced.
     Returns (B,) or (S, B), float64 for float64 and float32 otherwise, in z's library, on z's device; carries no gradient. No B x M matrix
     is ever made. Deterministic, whatever the number of threads.
-    Raises TypeError (no array, dtype), ValueError (shape, layout, k, lengths, reduction, exponent <= 0, c <= 0, devices, the
+    Raises TypeError (no array, dtype, a wrong type), ValueError (shape, layout, k, lengths, reduction, exponent <= 0, c <= 0, devices, the
     normalizer's shape; on the CPU also NaN or infinity in rows in use: on CUDA NaN propagates instead).
     Source: APT (Liu, Abbeel 2021), eq. 5 with exponent 1.
     """
@@ -97,6 +99,7 @@ class EpisodicMemory(_core.EpisodicMemory):
 
     num_streams actors, each with a ring of `capacity` rows of `dim` float32 on `device` ("cpu" or "cuda[:N]"); memory is taken as rows are
     written on the CPU, and at once on CUDA (num_streams * capacity * dim * 4 bytes).
+    k: neighbours that step returns. NGU's 10, not the 12 of knn and knn_reward, which is APT's: here no row is its own neighbour.
 
     step(embeddings, reset) -> distances (num_streams, k)
         embeddings: (num_streams, dim) float32, finite, C-contiguous, on `device`. reset: (num_streams,) bool, on `device` or the host.
@@ -108,18 +111,20 @@ class EpisodicMemory(_core.EpisodicMemory):
                                            dim, and at least the capacity that the rows need
     On the CPU, NaN or infinity in embeddings is a ValueError and changes nothing. On CUDA nothing waits for the device but state_dict,
     load_state_dict and lengths, and steps must be ordered by streams.
-    Raises TypeError (no array, dtype), ValueError (everything else), naming the argument.
+    Raises TypeError (no array, dtype, a wrong type), ValueError (everything else), naming the argument; RuntimeError where `device` is
+    CUDA and none is usable.
     Source: the episodic memory of NGU (Badia et al. 2020), section 3.
     """
 
     def __init__(self, num_streams, capacity, dim, *, k=10, device="cpu"):
         super().__init__(num_streams, capacity, dim, k, device)
+        self._shown = f"EpisodicMemory({self.num_streams}, {self.capacity}, {self.dim}, k={self.k}, device={self.device!r})"
 
     def step(self, embeddings, reset):
         return super().step(_detached(embeddings), reset)
 
     def __repr__(self):
-        return f"EpisodicMemory({self.num_streams}, {self.capacity}, {self.dim}, k={self.k}, device={self.device!r})"
+        return self.__dict__.get("_shown", "EpisodicMemory(refused)")  # a traceback may show one whose native part was never made
 
 
 # normaliser -----------------------------------------------------------------------------------------------------------
@@ -153,15 +158,17 @@ class RunningNormalizer(_core.RunningNormalizer):
     The state is float64. Sums do not depend on the number of threads, nor suffer from a large mean. On the CPU, NaN or infinity in
     update(x) is a ValueError and changes nothing; normalize(x) passes them on. On CUDA nothing waits for the device, the work goes to
     the caller's current stream, and NaN or infinity enters the statistic: check what may hold it.
-    Raises TypeError (no array, dtype), ValueError (everything else), naming the argument.
+    Raises TypeError (no array, dtype, a wrong type), ValueError (everything else), naming the argument; RuntimeError where `device` is
+    CUDA and none is usable.
     """
 
     def __init__(self, mode="mean", *, shape=(), epsilon=1e-8, clip=None, momentum=0.99, device="cpu"):
-        super().__init__(mode, (shape,) if isinstance(shape, int) else shape, epsilon, clip, momentum, device)
+        super().__init__(mode, shape, epsilon, clip, momentum, device)
+        arguments = f"{self.mode!r}, shape={self.shape}, epsilon={self.epsilon}, clip={self.clip}, momentum={self.momentum}"
+        self._shown = f"RunningNormalizer({arguments}, device={self.device!r})"
 
     def __repr__(self):
-        arguments = f"{self.mode!r}, shape={self.shape}, epsilon={self.epsilon}, clip={self.clip}, momentum={self.momentum}"
-        return f"RunningNormalizer({arguments}, device={self.device!r})"
+        return self.__dict__.get("_shown", "RunningNormalizer(refused)")  # a traceback may show one whose native part was never made
 
     def __reduce__(self):  # for copy.deepcopy and pickle
         return _restored_normalizer, (self.mode, self.shape, self.epsilon, self.clip, self.momentum, self.device, self.state_dict())
@@ -233,17 +240,19 @@ class SequenceReplay:
         Where torch uses a GPU they are pinned: `torch.from_numpy(batch.reward).to(device, non_blocking=True)` does not wait, and what was
         queued on the current stream before the following call of sample is done before the memory is written again.
     storage="file": fields live in an unlinked scratch file in folder `path`, wholly reserved at the start: OSError if the disk is full.
-    device: "cuda" or "cuda:N" keeps rows, priorities and batches there, and no call waits for it but save, load, stale_updates and a first
-        sample of a larger batch. Draws are the CPU's (priorities agree up to the rounding of their power). Batches hold arrays for
+    device: "cpu"; "cuda" or "cuda:N" keeps rows, priorities and batches there, and no call waits for it but save, load, stale_updates and a
+        first sample of a larger batch. Draws are the CPU's (priorities agree up to the rounding of their power). Batches hold arrays for
         torch.from_dlpack and its like; update_priorities takes indices, td and mask on the device, where an index that was never handed out
         or a td that is not finite is dropped and counted in stale_updates. Calls run on the stream of the arrays they are given, else on
         torch's or CuPy's current one, each after all before it; taking an array by DLPack orders the stream that takes it, and memory is
-        not written again before torch's streams that took it have finished. Keep a batch from other streams than those until the ring
-        comes round only if you order them yourself. Not to be captured in a CUDA graph: copy the batch to the graph's inputs.
+        not written again before torch's streams that took it have finished. Keep a batch from other streams than those until the ring comes
+        round only if you order them yourself. Not to be captured in a CUDA graph: copy the batch to the graph's inputs.
     seed: draws depend on it and on how often sample was called before, never on threads.
 
     One thread may add while another samples: a batch is never torn. Methods of a closed replay raise RuntimeError.
-    Raises TypeError (a dtype, not an array), ValueError (anything else wrong with an argument, which it names), MemoryError, OSError.
+    A replay is not copied or pickled (TypeError): save and load write and read it.
+    Raises TypeError (a wrong type, a dtype, not an array), ValueError (anything else wrong with an argument, which it names), MemoryError,
+    OSError; RuntimeError where `device` is CUDA and none is usable.
     """
 
     def __init__(
@@ -281,28 +290,20 @@ class SequenceReplay:
             raise ValueError(f"expected_rows: must be at least 0, got {expected_rows}")
         fields, ring, path = options.pop("fields"), options.pop("ring"), options.pop("path")
         if not isinstance(fields, dict) or not all(isinstance(name, str) and isinstance(f, Field) for name, f in fields.items()):
-            raise TypeError("fields: must be a dict of str to urlfast.Field")
+            raise TypeError(f"fields: must be a dict of str to urlfast.Field, got {_shown(fields)}")
         columns = [_replay_column(name, f) for name, f in fields.items()]
         for name in ("capacity", "num_streams", "stride", "burn_in", "sequence_length", "n_step", "frame_stack"):
             if options[name] is not None or name in ("capacity", "num_streams", "stride", "burn_in"):
                 options[name] = _integer(name, options[name])
         for name in ("gamma", "priority_exponent", "importance_exponent", "eta"):
-            value = options[name]
-            if not isinstance(value, (int, float, np.floating)) and not (value is None and name == "gamma"):
-                raise TypeError(f"{name}: must be a number, got {value!r}")
-            options[name] = None if value is None else float(value)
-        if not isinstance(options["cross_episodes"], (bool, np.bool_)):
-            raise TypeError(f"cross_episodes: must be a bool, got {options['cross_episodes']!r}")
+            if options[name] is not None or name != "gamma":
+                options[name] = _number(name, options[name])
         if not 1 <= (ring := _integer("ring", ring)) <= 1024:
-            raise ValueError(f"ring: must lie in 1..1024, got {ring!r}")
-        if not isinstance(options["seed"], (int, np.integer)) or not 0 <= options["seed"] < 2**64:
-            raise ValueError(f"seed: must lie in 0..2^64-1, got {options['seed']!r}")
-        options["seed"], options["cross_episodes"] = int(options["seed"]), bool(options["cross_episodes"])
-        if options["storage"] not in ("memory", "file"):
-            raise ValueError(f"storage: must be 'memory' or 'file', got {options['storage']!r}")
-        if path is not None and options["storage"] == "memory":
-            raise ValueError("path: is for storage='file'")
-        scratch = os.fspath(path) if path is not None else tempfile.gettempdir()
+            raise ValueError(f"ring: must lie in 1..1024, got {ring}")
+        options["seed"] = _integer("seed", options["seed"], 0, 2**64)
+        options["cross_episodes"] = _flag("cross_episodes", options["cross_episodes"])
+        _check_storage(options["storage"], path)
+        scratch = _path("path", path) if path is not None else tempfile.gettempdir()
         self._core = _core.SequenceReplay(options.pop("capacity"), columns, path=scratch, expected_rows=expected_rows, **options)
         self._options = {**options, "expected_rows": expected, "capacity": self._core.capacity(), "fields": fields, "ring": ring}
         self._stack = options["frame_stack"] if options["sequence_length"] is not None else None
@@ -317,7 +318,7 @@ class SequenceReplay:
         """Append one row to every stream, or row i to stream streams[i] (int64; a stream may stand there several times, oldest row first).
 
         rows: exactly this replay's columns, [N, ...] in their dtypes, each row contiguous; NumPy or by DLPack, on the CPU or, but for
-            terminated, is_first and is_last, on the replay's device. Copied.
+            terminated, is_first and is_last, on the replay's device. Copied. A NaN reward is a ValueError, but not looked for on a device.
         rows["priority"]: float32, optional, with priority_exponent > 0 only.
         ValueError, with nothing appended, when a row is not is_first where its stream begins or after an is_last.
         """
@@ -330,12 +331,15 @@ class SequenceReplay:
         out: arrays by name as `layout(B)` lists them, C-contiguous and writable (the NumPy face of pinned tensors, say).
         Every batch has indices int64 (the item; for update_priorities), probability and weight float32, [B].
         """
+        B = _integer("B", B)
         if out is not None:
-            buffers, arrays, frames = self._views(self._core.into(_integer("B", B), dict(out)))
+            if not isinstance(out, Mapping):
+                raise TypeError(f"out: must be a dict of str to arrays, got {_shown(out)}")
+            buffers, arrays, frames = self._views(self._core.into(B, dict(out)))
         else:
             place, self._next = self._next, (self._next + 1) % len(self._ring)
             if self._ring[place] is None or self._ring[place][0].batch != B:
-                self._ring[place] = self._views(self._core.empty(_integer("B", B)))
+                self._ring[place] = self._views(self._core.empty(B))
             buffers, arrays, frames = self._ring[place]
         self._core.sample(buffers)
         return Batch(arrays, frames)
@@ -399,6 +403,9 @@ class SequenceReplay:
         self._core.close()
         self._ring = [None] * len(self._ring)
 
+    def __reduce__(self):  # what copy.copy, copy.deepcopy and pickle ask
+        raise TypeError("SequenceReplay: cannot be copied or pickled; save(folder) writes it and SequenceReplay.load(folder) reads it")
+
     def _writable(self, what: str) -> None:
         if self._read_only:
             raise ValueError(f"{what}: this replay was loaded with read_only=True")
@@ -415,7 +422,7 @@ class SequenceReplay:
         OSError, with errno and filename, when a file cannot be written: it is removed, and save works again once there is room.
         """
         self._writable("save")
-        folder = os.path.realpath(folder)
+        folder = os.path.realpath(_path("folder", folder))
         os.makedirs(folder, exist_ok=True)
         segments = self._saved.segments if self._saved.whole(folder) else []
         begin = segments[-1]["end"] if segments else [0] * self.num_streams
@@ -477,8 +484,10 @@ class SequenceReplay:
         read_only: for reports: takes the memory of the rows held alone (on the CPU); add, update_priorities and save are refused.
         ValueError names the file that is missing, truncated, damaged (every file has a checksum) or not a saved replay's.
         """
-        folder = os.path.realpath(folder)
-        source = os.path.join(folder, "manifest.json") if manifest is None else os.fspath(manifest)
+        folder = os.path.realpath(_path("folder", folder))
+        read_only = _flag("read_only", read_only)
+        _check_storage(storage, path)
+        source = os.path.join(folder, "manifest.json") if manifest is None else _path("manifest", manifest)
         saved = _read_manifest(source)
         try:
             fields = {name: Field(tuple(shape), dtype, every) for name, (shape, dtype, every) in saved["fields"].items()}
@@ -514,6 +523,10 @@ class SequenceReplay:
 
         Returns the deleted names. A manifest that cannot be read is an error (ValueError), and then nothing is deleted.
         """
+        folder = _path("folder", folder)
+        if isinstance(keep, (str, bytes, os.PathLike)) or not isinstance(keep, Iterable):
+            raise TypeError(f"keep: must be a list of paths, got {_shown(keep)}")
+        keep = [_path("keep", path) for path in keep]
         own = os.path.join(folder, "manifest.json")
         manifests = [_read_manifest(path) for path in [*keep, *([own] if os.path.exists(own) else [])]]
         needed = {entry["file"] for manifest in manifests for entry in [*manifest["segments"], manifest["state"]]}
@@ -524,26 +537,67 @@ class SequenceReplay:
         return gone
 
 
-def _integer(name: str, value) -> int:
+def _shown(value) -> str:
+    """What came, for a message: short and in one line. Of an array or another object, its type."""
+    plain = value is None or isinstance(value, (bool, int, float, str, tuple, np.generic))
+    return reprlib.repr(value) if plain else type(value).__qualname__
+
+
+def _integer(name: str, value, low: int = -(2**63), end: int = 2**63) -> int:
     """`value` as an int that fits the native core, whose own checks then name what they accept."""
+    if isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name}: must be an int, got {value!r}")
     try:
-        return min(max(operator.index(value), -(2**62)), 2**62)
+        number = operator.index(value)
     except TypeError:
-        raise TypeError(f"{name}: must be an int, got {value!r}") from None
+        raise TypeError(f"{name}: must be an int, got {_shown(value)}") from None
+    if not low <= number < end:
+        raise ValueError(f"{name}: must lie in {low if low == 0 else '-2^63'}..2^{end.bit_length() - 1}-1, got {_shown(number)}")
+    return number
+
+
+def _number(name: str, value) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise TypeError(f"{name}: must be a number, got {_shown(value)}")
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name}: must lie in the range of float64, got {_shown(value)}") from None
+
+
+def _flag(name: str, value) -> bool:
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name}: must be a bool, got {_shown(value)}")
+    return bool(value)
+
+
+def _path(name: str, value) -> str:
+    try:
+        return os.fsdecode(value)
+    except TypeError:
+        raise TypeError(f"{name}: must be a path, got {_shown(value)}") from None
+
+
+def _check_storage(storage: str, path) -> None:
+    if not isinstance(storage, str) or storage not in ("memory", "file"):
+        raise ValueError(f"storage: must be 'memory' or 'file', got {_shown(storage)}")
+    if path is not None and storage == "memory":
+        raise ValueError("path: is for storage='file'")
 
 
 def _replay_column(name: str, f: Field) -> tuple:
     if not name.isidentifier() or name.startswith("_"):
         raise ValueError(f"fields: '{name}' must be an identifier without a leading underscore")
-    if not isinstance(f.shape, tuple) or not all(isinstance(n, (int, np.integer)) for n in f.shape):
-        raise TypeError(f"fields: '{name}' must have a tuple of ints as its shape, got {f.shape!r}")
-    if not isinstance(f.every, (int, np.integer)):
-        raise TypeError(f"fields: '{name}' must have an int every, got {f.every!r}")
+    if not isinstance(f.shape, tuple) or not all(isinstance(n, (int, np.integer)) and not isinstance(n, bool) for n in f.shape):
+        raise TypeError(f"fields: '{name}' must have a tuple of ints as its shape, got {_shown(f.shape)}")
+    if not isinstance(f.every, (int, np.integer)) or isinstance(f.every, bool):
+        raise TypeError(f"fields: '{name}' must have an int every, got {_shown(f.every)}")
     try:
         dtype = np.dtype(f.dtype)
     except TypeError:
-        raise TypeError(f"fields: '{name}' must have a NumPy dtype, got {f.dtype!r}") from None
-    return name, [_integer("shape", n) for n in f.shape], dtype.name, _integer("every", f.every)
+        raise TypeError(f"fields: '{name}' must have a NumPy dtype, got {_shown(f.dtype)}") from None
+    shape = [_integer(f"fields: '{name}' shape", n) for n in f.shape]
+    return name, shape, dtype.name, _integer(f"fields: '{name}' every", f.every)
 
 
 _REPLAY_FILE = re.compile(r"(?:rows|state)-(\d{6,})-[0-9a-f]{12}\.bin")
@@ -619,7 +673,8 @@ class LatentDynamics(_core.LatentDynamics):
     One kernel does a step; on CUDA it goes to the caller's current stream and nothing waits for it. reset draws anew; it does not go
     back to the seed's first episode.
     state_dict(), load_state_dict(state): ints, a list and bytes, for dynamics of the same sizes and seed.
-    Raises TypeError and ValueError, naming the argument, and RuntimeError for a step before the first reset.
+    Raises TypeError and ValueError, naming the argument, and RuntimeError for a step before the first reset, or where `device` is CUDA
+    and none is usable.
     """
 
     def __init__(self, num_envs, latent_dim, num_classes=1, *, alpha=0.5, beta=0.95, episode_length=100, seed=0, device="cpu"):

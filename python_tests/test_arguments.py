@@ -1,0 +1,242 @@
+"""Wrong scalars, paths and dicts: every public function names the argument, what came and what is accepted."""
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+import urlfast
+from urlfast import EpisodicMemory, Field, LatentDynamics, RunningNormalizer, SequenceReplay, _core, ema_update_, knn, knn_reward
+
+Z = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
+ROWS = {"observation": Field((2,), "uint8")}
+REPLAY = {"capacity": 100, "fields": ROWS, "num_streams": 2, "n_step": 3, "gamma": 0.99}
+SEQUENCES = {**REPLAY, "n_step": None, "gamma": None, "sequence_length": 8}
+
+
+def replay(**change):
+    return SequenceReplay(**{**REPLAY, **change})
+
+
+def good_rows():
+    flags = {name: np.zeros(2, bool) for name in ("terminated", "is_last")}
+    return {"observation": np.zeros((2, 2), np.uint8), "reward": np.zeros(2, np.float32), "is_first": np.ones(2, bool), **flags}
+
+
+NO_INT = {"2.0": 2.0, "None": None, "'3'": "3", "True": True, "list": [3], "ndarray": np.ones(2)}
+NO_NUMBER = {"'x'": "x", "None": None, "True": True, "list": [1.0]}
+NO_BOOL = {"None": None, "1": 1, "'yes'": "yes", "0.0": 0.0}
+INTS = {  # by the name in the message
+    "k": [
+        lambda v: knn(Z, k=v),
+        lambda v: knn_reward(Z, v),
+        lambda v: EpisodicMemory(2, 4, 3, k=v),
+    ],
+    "num_streams": [lambda v: EpisodicMemory(v, 4, 3), lambda v: replay(num_streams=v)],
+    "capacity": [lambda v: EpisodicMemory(2, v, 3), lambda v: replay(capacity=v)],
+    "dim": [lambda v: EpisodicMemory(2, 4, v)],
+    "n": [urlfast.set_num_threads],
+    "num_envs": [lambda v: LatentDynamics(v, 4)],
+    "latent_dim": [lambda v: LatentDynamics(4, v)],
+    "num_classes": [lambda v: LatentDynamics(4, 4, v)],
+    "episode_length": [lambda v: LatentDynamics(4, 4, episode_length=v)],
+    "seed": [lambda v: LatentDynamics(4, 4, seed=v), lambda v: replay(seed=v)],
+    "ring": [lambda v: replay(ring=v)],
+    "stride": [lambda v: replay(stride=v)],
+    "burn_in": [lambda v: replay(burn_in=v)],
+    "B": [lambda v: replay().sample(v), lambda v: replay().layout(v), lambda v: replay().sample(v, out={})],
+}
+NUMBERS = {
+    "exponent": [lambda v: knn_reward(Z, 2, exponent=v)],
+    "c": [lambda v: knn_reward(Z, 2, c=v)],
+    "epsilon": [lambda v: RunningNormalizer(epsilon=v)],
+    "momentum": [lambda v: RunningNormalizer(momentum=v)],
+    "alpha": [lambda v: LatentDynamics(4, 4, alpha=v)],
+    "beta": [lambda v: LatentDynamics(4, 4, beta=v)],
+    "tau": [lambda v: ema_update_([], [], v)],
+    "eta": [lambda v: replay(eta=v)],
+    "priority_exponent": [lambda v: replay(priority_exponent=v)],
+    "importance_exponent": [lambda v: replay(importance_exponent=v)],
+}
+BOOLS = {
+    "include_self": [lambda v: knn(Z, k=2, include_self=v), lambda v: knn_reward(Z, 2, include_self=v)],
+    "update_normalizer": [lambda v: knn_reward(Z, 2, update_normalizer=v)],
+    "cross_episodes": [lambda v: SequenceReplay(**{**SEQUENCES, "cross_episodes": v})],
+    "read_only": [lambda v: SequenceReplay.load("nowhere", read_only=v)],
+}
+
+
+def cases(calls, wrong):
+    return [
+        pytest.param(call, value, name, shown, id=f"{name}-{i}-{shown}")
+        for name, several in calls.items()
+        for i, call in enumerate(several)
+        for shown, value in wrong.items()
+    ]
+
+
+@pytest.mark.parametrize("call, value, name, shown", cases(INTS, NO_INT))
+def test_what_is_no_int_is_refused_by_name(call, value, name, shown):
+    with pytest.raises(TypeError) as error:
+        call(value)
+    assert str(error.value) == f"{name}: must be an int, got {shown}"
+
+
+@pytest.mark.parametrize("call, value, name, shown", cases(NUMBERS, NO_NUMBER))
+def test_what_is_no_number_is_refused_by_name(call, value, name, shown):
+    with pytest.raises(TypeError) as error:
+        call(value)
+    assert str(error.value) == f"{name}: must be a number, got {shown}"
+
+
+@pytest.mark.parametrize("call, value, name, shown", cases(BOOLS, NO_BOOL))
+def test_what_is_no_bool_is_refused_by_name(call, value, name, shown):
+    with pytest.raises(TypeError) as error:
+        call(value)
+    assert str(error.value) == f"{name}: must be a bool, got {shown}"
+
+
+@pytest.mark.parametrize("call, value, name, shown", cases(INTS, {"2^70": 2**70, "-2^70": -(2**70)}))
+def test_integers_beyond_64_bits_are_refused_by_name(call, value, name, shown):
+    with pytest.raises(ValueError, match=rf"^{name}: must lie in .*, got -?118"):
+        call(value)
+
+
+@pytest.mark.parametrize("call, value, name, shown", cases(NUMBERS, {"10^400": 10**400}))
+def test_numbers_beyond_float64_are_refused_by_name(call, value, name, shown):
+    with pytest.raises(ValueError, match=rf"^{name}: must lie in the range of float64, got 1000"):
+        call(value)
+
+
+def test_numpy_scalars_are_numbers():
+    got = knn_reward(Z, np.int64(2), exponent=np.float32(1), c=np.int32(1), include_self=np.bool_(False))
+    np.testing.assert_array_equal(got, knn_reward(Z, 2, include_self=False))
+    assert LatentDynamics(np.int32(3), 4, seed=np.uint64(2**64 - 1)).num_envs == 3
+    assert RunningNormalizer(shape=np.int64(3)).shape == RunningNormalizer(shape=[3]).shape == (3,)
+    assert replay(seed=np.uint64(2**64 - 1)).sampleable == 0
+    with pytest.raises(TypeError, match=r"^k: must be an int, got bool"):
+        knn(Z, k=np.bool_(True))
+
+
+OTHERS = [
+    (TypeError, r"reduction: must be 'mean' or 'kth', got None", lambda: knn_reward(Z, 2, reduction=None)),
+    (ValueError, r"reduction: must be 'mean' or 'kth', got 'max'", lambda: knn_reward(Z, 2, reduction="max")),
+    (TypeError, r"mode: must be 'mean', 'std', 'var' or 'ema_abs', got 1", lambda: RunningNormalizer(1)),
+    (TypeError, r"shape: must be an int or a tuple of ints, got 2\.0", lambda: RunningNormalizer(shape=2.0)),
+    (TypeError, r"shape: must be an int or a tuple of ints, got 1\.5", lambda: RunningNormalizer(shape=(3, 1.5))),
+    (TypeError, r"shape: must be an int or a tuple of ints, got True", lambda: RunningNormalizer(shape=True)),
+    (TypeError, r"device: must be 'cpu', 'cuda' or 'cuda:N', got '\\ud800'", lambda: RunningNormalizer(device="\ud800")),
+    (TypeError, r"clip: must be None or a number, got 'x'", lambda: RunningNormalizer(clip="x")),
+    (TypeError, r"other: must be a RunningNormalizer, got None", lambda: RunningNormalizer().merge(None)),
+    (TypeError, r"state: must be a dict, got None", lambda: RunningNormalizer().load_state_dict(None)),
+    (TypeError, r"state: must be a dict, got list", lambda: LatentDynamics(3, 4).load_state_dict([])),
+    (TypeError, r"state: must be a dict, got 3", lambda: EpisodicMemory(2, 4, 3).load_state_dict(3)),
+    (TypeError, r"rows: must be a dict of str to arrays, got None", lambda: replay().add(None)),
+    (TypeError, r"out: must be a dict of str to arrays, got 5", lambda: replay().sample(2, out=5)),
+    (TypeError, r"fields: must be a dict of str to urlfast.Field, got None", lambda: replay(fields=None)),
+    (TypeError, r"gamma: must be a number, got True", lambda: replay(gamma=True)),
+    (TypeError, r"expected_rows: must be an int, got True", lambda: replay(expected_rows=True)),
+    (TypeError, r"fields: 'observation' must have an int every, got True", lambda: replay(fields={"observation": Field((2,), every=True)})),
+    (TypeError, r"fields: 'observation' must have a tuple of ints", lambda: replay(fields={"observation": Field((True,))})),
+    (ValueError, r"storage: must be 'memory' or 'file', got list", lambda: replay(storage=[])),
+    (ValueError, r"storage: must be 'memory' or 'file', got 'disk'", lambda: SequenceReplay.load("nowhere", storage="disk")),
+    (TypeError, r"path: must be a path, got 3", lambda: replay(storage="file", path=3)),
+    (TypeError, r"folder: must be a path, got None", lambda: replay().save(None)),
+    (TypeError, r"folder: must be a path, got None", lambda: SequenceReplay.load(None)),
+    (TypeError, r"manifest: must be a path, got 1", lambda: SequenceReplay.load("nowhere", manifest=1)),
+    (TypeError, r"folder: must be a path, got None", lambda: SequenceReplay.prune(None)),
+    (TypeError, r"keep: must be a list of paths, got 'manifest.json'", lambda: SequenceReplay.prune("nowhere", keep="manifest.json")),
+]
+
+
+@pytest.mark.parametrize("kind, message, call", OTHERS, ids=[f"{i}-{m.split(':')[0]}" for i, (_, m, _) in enumerate(OTHERS)])
+def test_the_message_names_the_argument(kind, message, call):
+    with pytest.raises(kind, match=f"^{message}"):
+        call()
+
+
+@pytest.mark.parametrize("make", [lambda: RunningNormalizer(clip="x"), lambda: EpisodicMemory(2, 4, "x")], ids=["normalizer", "memory"])
+def test_an_object_that_was_refused_can_be_shown(make):
+    with pytest.raises(TypeError) as error:
+        make()
+    shown = repr(error.traceback[2].frame.f_locals["self"])  # as pytest, rich and debuggers do
+    assert shown in ("RunningNormalizer(refused)", "EpisodicMemory(refused)")
+
+
+# Arrays that cannot be taken ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(np.dtype(np.longdouble).itemsize == 8, reason="longdouble is float64 here")
+def test_a_longdouble_is_told_what_is_accepted():
+    with pytest.raises(TypeError, match=r"^z: must have one of the dtypes bool, uint8, .*float16, bfloat16, float32, float64, got \w+$"):
+        knn_reward(Z.astype(np.longdouble), 2)
+    with pytest.raises(TypeError, match=r"^x: must have dtype float16, bfloat16, float32, float64, got int64$"):
+        RunningNormalizer().update(np.arange(3))
+
+
+class Tensor(torch.Tensor):
+    """Not torch's own type: it is asked by __dlpack__, not by the C exchange table."""
+
+
+UNSHARED = {
+    "meta": lambda: torch.empty(5, 3, device="meta"),
+    "meta of a subclass": lambda: torch.empty(5, 3, device="meta").as_subclass(Tensor),
+    "sparse": lambda: torch.ones(5, 3).to_sparse(),
+}
+
+
+@pytest.mark.parametrize("make", UNSHARED.values(), ids=UNSHARED)
+def test_what_torch_cannot_share_is_one_line(make):
+    with pytest.raises(TypeError, match=r"\Az: cannot be shared: \w+: .+\Z") as error:
+        knn_reward(make(), 2)
+    assert "\n" not in str(error.value)
+
+
+# Devices, copies and rewards ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(_core.build_info()["cuda_usable"], reason="CUDA is usable here")
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: RunningNormalizer(device="cuda"),
+        lambda: EpisodicMemory(2, 4, 3, device="cuda"),
+        lambda: LatentDynamics(3, 4, device="cuda"),
+        lambda: replay(device="cuda"),
+    ],
+)
+def test_a_device_that_is_not_usable_is_a_runtime_error(call):
+    with pytest.raises(RuntimeError, match=r"^device: CUDA is not usable here: "):
+        call()
+
+
+@pytest.mark.parametrize("cls", [RunningNormalizer, EpisodicMemory, LatentDynamics, SequenceReplay])
+def test_the_docstring_promises_that_error(cls):
+    assert "RuntimeError" in cls.__doc__ and "device" in cls.__doc__
+
+
+@pytest.mark.parametrize("change, message", [(REPLAY, "another is for sequences"), (SEQUENCES, "the stride is 1")])
+def test_every_without_a_stride_is_refused(change, message):
+    with pytest.raises(ValueError, match=rf"^fields: 'state' must have every=1 \({message}\), got 2$"):
+        SequenceReplay(**{**change, "fields": {**ROWS, "state": Field((3,), every=2)}})
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_replay_is_saved_not_copied(copied):
+    with pytest.raises(TypeError, match=r"^SequenceReplay: cannot be copied or pickled; save\(folder\)"):
+        copied(replay())
+
+
+@pytest.mark.parametrize("tensor", [False, True])
+def test_a_nan_reward_is_refused_and_nothing_is_appended(tensor):
+    r, rows = replay(), good_rows()
+    rows["reward"] = np.array([[0, 9], [np.nan, 9]], np.float32)[:, 0]  # rows need not lie together
+    if tensor:
+        rows["reward"] = torch.from_numpy(rows["reward"])
+    with pytest.raises(ValueError, match=r"^reward: must not be NaN, got NaN in row 1$"):
+        r.add(rows)
+    assert len(r) == 0
+    r.add(good_rows())
+    assert len(r) == 2
