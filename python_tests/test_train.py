@@ -227,6 +227,7 @@ def test_a_number_out_of_range_is_one_line_that_names_the_option(method, option,
     ("--augment.shift", "-1", "augment: shift: must be at least 0, got -1"),
     ("--augment.jitter-probability", "2", "augment: jitter_probability: must lie in 0..1"),
     ("--reward.c", "0", "reward: c: must be positive, got 0.0"),
+    ("--encoder.features", "-1", "encoder: features: must be at least 0, got -1"),
     ("--reward.k", "0", "reward: k: must be at least 1, got 0"),
 ])  # fmt: skip
 def test_a_number_out_of_range_in_a_group_is_named(option, value, says, tmp_path, capsys):

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from urlfast.limits import check_limits
+
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
@@ -17,6 +19,9 @@ class EncoderConfig:
     activation: Literal["relu", "elu"] = "relu"  # after each convolution
     features: int = 0  # width of the linear layer, LayerNorm and tanh behind the convolutions; 0: their flat output is the feature
     spectral_norm: bool = False  # weights divided by their largest singular value
+
+    def __post_init__(self):
+        check_limits(self, conv=">= 1", features=">= 0")
 
 
 class SpectralNorm(nn.Module):
