@@ -78,12 +78,13 @@ MAY_IMPORT = {
     "losses": set(),
     "stats": set(),
     "device": set(),
-    "augment": {"ops"},
-    "intrinsic": {"ops"},
-    "nets": {"losses", "ops", "device"},
+    "limits": set(),
+    "augment": {"ops", "limits"},
+    "intrinsic": {"ops", "limits"},
+    "nets": {"losses", "ops", "device", "limits"},
     "envs": {"ops"},
-    "learners": {"nets", "losses", "ops", "device"},
-    "methods": {"learners", "intrinsic", "augment", "nets", "losses", "ops", "device", "envs"},
+    "learners": {"nets", "losses", "ops", "device", "limits"},
+    "methods": {"learners", "intrinsic", "augment", "nets", "losses", "ops", "device", "limits", "envs"},
 }
 
 
