@@ -510,6 +510,8 @@ class SequenceReplay:
             replay = cls.__new__(cls)
             replay._open(options, read_only)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
+            if str(error).startswith(("device:", "path:")):  # the caller's, not the manifest's
+                raise
             raise ValueError(f"{source}: is not the manifest of a saved replay: {error}") from error
         for name, *rest in files:
             replay._core.load_rows(os.path.join(folder, name), *rest)

@@ -1,7 +1,10 @@
 // What the build and this machine can do with CUDA, and the checks around launches. Plain C++ includes the first half.
 #pragma once
 #include <cstdint>
+#include <cstring>
 #include <string>
+
+#include "common/tensor.hpp"
 
 struct CUstream_st;  // what cudaStream_t points to
 
@@ -27,6 +30,16 @@ void cuda_copy(int device, void* to, const void* from, int64_t bytes,
                CUstream_st* stream);  // any direction; asynchronous
 void cuda_synchronize(int device, CUstream_st* stream);
 void cuda_synchronize(int device);  // every stream of it
+// For constructors, saves and loads: after all that `device` was given to do, on whatever stream, and done on return.
+inline void copy_waiting(Device device, void* to, const void* from, int64_t bytes) {
+  if (!device.cuda) {
+    std::memcpy(to, from, size_t(bytes));
+    return;
+  }
+  cuda_synchronize(device.index);
+  cuda_copy(device.index, to, from, bytes, nullptr);
+  cuda_synchronize(device.index, nullptr);
+}
 // Pinned: a device reads it without the processor's help. Null when there is none left.
 void* cuda_allocate_host(int64_t bytes) noexcept;
 void cuda_free_host(void* pointer) noexcept;

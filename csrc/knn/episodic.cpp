@@ -19,8 +19,7 @@ EpisodicMemory::EpisodicMemory(int64_t streams, int64_t capacity, int64_t dim, i
     rows_ = std::static_pointer_cast<float>(take(bytes));
     total_ = std::static_pointer_cast<int64_t>(take(streams * int64_t(sizeof(int64_t))));
     const std::vector<int64_t> zeros(size_t(streams), 0);
-    cuda_copy(device.index, total_.get(), zeros.data(), streams * int64_t(sizeof(int64_t)), nullptr);
-    cuda_synchronize(device.index, nullptr);
+    copy_waiting(device, total_.get(), zeros.data(), streams * int64_t(sizeof(int64_t)));
     return;
   }
   rows_.reset(static_cast<float*>(std::malloc(size_t(bytes))), std::free);
@@ -57,13 +56,7 @@ void EpisodicMemory::step(const float* embeddings, const bool* reset, bool reset
 
 std::vector<int64_t> EpisodicMemory::totals() const {
   std::vector<int64_t> out(static_cast<size_t>(streams_));
-  const int64_t bytes = streams_ * int64_t(sizeof(int64_t));
-  if (device_.cuda) {  // the legacy stream waits for the streams that step() ran on
-    cuda_copy(device_.index, out.data(), total_.get(), bytes, nullptr);
-    cuda_synchronize(device_.index, nullptr);
-  } else {
-    std::memcpy(out.data(), total_.get(), size_t(bytes));
-  }
+  copy_waiting(device_, out.data(), total_.get(), streams_ * int64_t(sizeof(int64_t)));
   return out;
 }
 
@@ -79,10 +72,7 @@ void EpisodicMemory::save(const std::vector<int64_t>& lengths, float* rows) cons
   const std::vector<int64_t> total = totals();
   const auto copy = [&](const float* from, int64_t count) {
     const int64_t bytes = count * dim_ * int64_t(sizeof(float));
-    if (device_.cuda)
-      cuda_copy(device_.index, rows, from, bytes, nullptr);
-    else
-      std::memcpy(rows, from, size_t(bytes));
+    copy_waiting(device_, rows, from, bytes);
     rows += count * dim_;
   };
   for (int64_t n = 0; n < streams_; ++n) {
@@ -92,24 +82,16 @@ void EpisodicMemory::save(const std::vector<int64_t>& lengths, float* rows) cons
     if (to_end > 0) copy(own + oldest * dim_, to_end);
     if (held > to_end) copy(own, held - to_end);
   }
-  if (device_.cuda) cuda_synchronize(device_.index, nullptr);
 }
 
 void EpisodicMemory::load(const std::vector<int64_t>& lengths, const float* rows) {
   const std::lock_guard<std::mutex> lock(mutex_);
-  const auto copy = [&](void* to, const void* from, int64_t bytes) {
-    if (device_.cuda)
-      cuda_copy(device_.index, to, from, bytes, nullptr);
-    else
-      std::memcpy(to, from, size_t(bytes));
-  };
-  copy(total_.get(), lengths.data(), streams_ * int64_t(sizeof(int64_t)));
+  copy_waiting(device_, total_.get(), lengths.data(), streams_ * int64_t(sizeof(int64_t)));
   for (int64_t n = 0; n < streams_; ++n) {
     const int64_t count = lengths[size_t(n)] * dim_;
-    if (count > 0) copy(rows_.get() + n * capacity_ * dim_, rows, count * int64_t(sizeof(float)));
+    if (count > 0) copy_waiting(device_, rows_.get() + n * capacity_ * dim_, rows, count * int64_t(sizeof(float)));
     rows += count;
   }
-  if (device_.cuda) cuda_synchronize(device_.index, nullptr);
 }
 
 }  // namespace urlfast

@@ -569,59 +569,53 @@ void launch_finish(const Call& call, const Arguments& a, const void* kept, const
   URLFAST_CUDA_CHECK(cudaGetLastError());
 }
 
+// A call with its table on its device, which is the current one meanwhile.
+struct Launch {
+  explicit Launch(const Call& c)
+      : guard(c.device), call(c), table(c.table_bytes(), c.device, c.stream), a(c.arguments()) {
+    auto* const rows = static_cast<ProblemRow*>(table.get());
+    call.upload_table(rows);
+    a.table = rows;
+  }
+  DeviceGuard guard;
+  Call call;
+  StreamMemory table;
+  Arguments a;
+};
+
 }  // namespace
 
 void knn_cuda(const KnnProblem& p, void* distances, int64_t* indices, int device, CUstream_st* stream) {
-  const DeviceGuard guard(device);
-  const Call call{p, {}, device, stream};
-  const StreamMemory table(call.table_bytes(), device, stream);
-  call.upload_table(static_cast<ProblemRow*>(table.get()));
-  Arguments a = call.arguments();
-  a.table = static_cast<const ProblemRow*>(table.get());
-  a.result = Result::neighbours, a.distances = distances, a.indices = indices;
-  run(call, a);
+  Launch launch({p, {}, device, stream});
+  launch.a.result = Result::neighbours, launch.a.distances = distances, launch.a.indices = indices;
+  run(launch.call, launch.a);
 }
 
 void knn_kept_cuda(const KnnProblem& p, const KnnReward& reward, void* kept, int device, CUstream_st* stream) {
-  const DeviceGuard guard(device);
-  const Call call{p, reward, device, stream};
-  const StreamMemory table(call.table_bytes(), device, stream);
-  call.upload_table(static_cast<ProblemRow*>(table.get()));
-  Arguments a = call.arguments();
-  a.table = static_cast<const ProblemRow*>(table.get());
-  a.result = Result::kept, a.out = kept;
-  run(call, a);
+  Launch launch({p, reward, device, stream});
+  launch.a.result = Result::kept, launch.a.out = kept;
+  run(launch.call, launch.a);
 }
 
 void knn_finish_cuda(const KnnProblem& p, const KnnReward& reward, const void* kept, const Statistic* state,
                      StatisticRule rule, void* out, int device, CUstream_st* stream) {
-  const DeviceGuard guard(device);
-  const Call call{p, reward, device, stream};
-  const StreamMemory table(call.table_bytes(), device, stream);
-  call.upload_table(static_cast<ProblemRow*>(table.get()));
-  Arguments a = call.arguments();
-  a.table = static_cast<const ProblemRow*>(table.get());
-  a.out = out;
-  launch_finish(call, a, kept, state, rule);
+  Launch launch({p, reward, device, stream});
+  launch.a.out = out;
+  launch_finish(launch.call, launch.a, kept, state, rule);
 }
 
 void knn_reward_cuda(const KnnProblem& p, const KnnReward& reward, void* out, int device, CUstream_st* stream) {
-  const DeviceGuard guard(device);
-  const Call call{p, reward, device, stream};
-  const StreamMemory table(call.table_bytes(), device, stream);
-  call.upload_table(static_cast<ProblemRow*>(table.get()));
-  Arguments a = call.arguments();
-  a.table = static_cast<const ProblemRow*>(table.get());
-  if (std::min(p.k, call.longest()) <= kMostWidth) {  // one round sees all that a reward needs
-    a.result = Result::reward, a.out = out;
-    return run(call, a);
+  Launch launch({p, reward, device, stream});
+  if (std::min(p.k, launch.call.longest()) <= kMostWidth) {  // one round sees all that a reward needs
+    launch.a.result = Result::reward, launch.a.out = out;
+    return run(launch.call, launch.a);
   }
-  const StreamMemory kept(call.kept_count() * item_size(p.dtype == DType::f64 ? DType::f64 : DType::f32), device,
+  const StreamMemory kept(launch.call.kept_count() * item_size(p.dtype == DType::f64 ? DType::f64 : DType::f32), device,
                           stream);
-  a.result = Result::kept, a.out = kept.get();
-  run(call, a);
-  a.out = out;
-  launch_finish(call, a, kept.get(), nullptr, {});
+  launch.a.result = Result::kept, launch.a.out = kept.get();
+  run(launch.call, launch.a);
+  launch.a.out = out;
+  launch_finish(launch.call, launch.a, kept.get(), nullptr, {});
 }
 
 void episodic_step_cuda(float* rows, int64_t* total, const KnnProblem& p, const bool* reset, bool reset_on_device,

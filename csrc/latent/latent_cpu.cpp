@@ -51,12 +51,7 @@ Latent::Latent(LatentShape shape, LatentParams params, uint64_t seed, Device dev
       device_(device),
       clock_(allocate<LatentClock>(device, 1)) {
   const LatentClock start;
-  if (!device.cuda) {
-    *clock_ = start;
-    return;
-  }
-  cuda_copy(device.index, clock_.get(), &start, sizeof start, nullptr);
-  cuda_synchronize(device.index);
+  copy_waiting(device, clock_.get(), &start, sizeof start);
 }
 
 void Latent::advance(const float* actions, bool reset, CUstream_st* stream) {
@@ -93,32 +88,16 @@ void Latent::advance(const float* actions, bool reset, CUstream_st* stream) {
 
 void Latent::read(LatentClock* clock, float* z_out, int64_t* classes_out) const {
   const std::lock_guard<std::mutex> lock(mutex_);
-  const auto copy = [&](void* to, const void* from, int64_t bytes) {
-    if (device_.cuda)
-      cuda_copy(device_.index, to, from, bytes, nullptr);
-    else
-      std::memcpy(to, from, size_t(bytes));
-  };
-  if (device_.cuda) cuda_synchronize(device_.index);
-  copy(clock, clock_.get(), sizeof *clock);
-  copy(z_out, z.get(), shape_.num_envs * shape_.dim * 4);
-  copy(classes_out, classes.get(), shape_.num_envs * 8);
-  if (device_.cuda) cuda_synchronize(device_.index);
+  copy_waiting(device_, clock, clock_.get(), sizeof *clock);
+  copy_waiting(device_, z_out, z.get(), shape_.num_envs * shape_.dim * 4);
+  copy_waiting(device_, classes_out, classes.get(), shape_.num_envs * 8);
 }
 
 void Latent::write(const LatentClock& clock, const float* z_in, const int64_t* classes_in) {
   const std::lock_guard<std::mutex> lock(mutex_);
-  const auto copy = [&](void* to, const void* from, int64_t bytes) {
-    if (device_.cuda)
-      cuda_copy(device_.index, to, from, bytes, nullptr);
-    else
-      std::memcpy(to, from, size_t(bytes));
-  };
-  if (device_.cuda) cuda_synchronize(device_.index);
-  copy(clock_.get(), &clock, sizeof clock);
-  copy(z.get(), z_in, shape_.num_envs * shape_.dim * 4);
-  copy(classes.get(), classes_in, shape_.num_envs * 8);
-  if (device_.cuda) cuda_synchronize(device_.index);
+  copy_waiting(device_, clock_.get(), &clock, sizeof clock);
+  copy_waiting(device_, z.get(), z_in, shape_.num_envs * shape_.dim * 4);
+  copy_waiting(device_, classes.get(), classes_in, shape_.num_envs * 8);
 }
 
 void ema_update_cpu(const EmaPair* pairs, int64_t count, double tau) {

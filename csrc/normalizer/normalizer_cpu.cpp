@@ -170,26 +170,12 @@ void Normalizer::merge(const Normalizer& other, CUstream_st* stream) {
 
 void Normalizer::read(Statistic* out) const {
   const std::lock_guard<std::mutex> lock(mutex_);
-  const int64_t bytes = features_ * int64_t(sizeof(Statistic));
-  if (!device_.cuda) {
-    std::memcpy(out, state_.get(), bytes);
-    return;
-  }
-  cuda_synchronize(device_.index);
-  cuda_copy(device_.index, out, state_.get(), bytes, nullptr);
-  cuda_synchronize(device_.index, nullptr);
+  copy_waiting(device_, out, state_.get(), features_ * int64_t(sizeof(Statistic)));
 }
 
 void Normalizer::write(const Statistic* in) {
   const std::lock_guard<std::mutex> lock(mutex_);
-  const int64_t bytes = features_ * int64_t(sizeof(Statistic));
-  if (!device_.cuda) {
-    std::memcpy(state_.get(), in, bytes);
-    return;
-  }
-  cuda_synchronize(device_.index);
-  cuda_copy(device_.index, state_.get(), in, bytes, nullptr);
-  cuda_synchronize(device_.index, nullptr);
+  copy_waiting(device_, state_.get(), in, features_ * int64_t(sizeof(Statistic)));
 }
 
 }  // namespace urlfast
