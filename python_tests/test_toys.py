@@ -17,8 +17,8 @@ def test_catch_is_lost_at_random_and_won_by_following_the_ball():
     rng = np.random.default_rng(0)
     assert abs(np.mean(scores(Catch(50, seed=1), lambda step: rng.integers(0, 3, 50), 1000)) - (2 / 7 - 1)) < 0.03
 
-    def follow(step):  # white blocks of 8 x 12 pixels, below two black lines
-        board = step.observation[:, -1, 2:82:8, ::12]
+    def follow(step):  # white blocks of 4 x 6 pixels within a black frame
+        board = step.observation[:, -1, 2:42:4, 1:43:6]
         ball, paddle = board[:, :-1].any(1).argmax(-1), board[:, -1].argmax(-1)
         return np.where(step.length < 9, np.sign(ball - paddle) + 1, 1)
 
@@ -34,7 +34,7 @@ def test_nine_rooms_are_joined_and_walls_stop():
         step = after
     assert env.visited.sum() == 3
     frame = step.observation[0, -1]
-    assert (frame == 255).sum() == 9 and (frame == 64).sum() == 9 * 63  # the agent, and the rest of its lit room
+    assert (frame == 255).sum() == 4 and (frame == 64).sum() == 4 * 35  # the agent, and the rest of its lit room
     while not step.is_last[0]:
         step = env.step(np.array([1]))
     assert step.length[0] == 40 and not step.terminated[0]
@@ -47,7 +47,7 @@ def test_nine_rooms_are_joined_and_walls_stop():
             if env.floor[cell] and cell not in reached:
                 reached.add(cell)
                 edge.append(cell)
-    assert len(reached) == env.floor.sum() == 9 * 64 + 12
+    assert len(reached) == env.floor.sum() == 9 * 36 + 12
 
 
 def test_random_moves_see_little_of_nine_rooms():
