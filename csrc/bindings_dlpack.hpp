@@ -154,7 +154,8 @@ class Tensor : public View {
         name_(other.name_),
         library_(other.library_),
         object_(std::move(other.object_)),
-        release_(std::move(other.release_)) {}
+        release_(std::move(other.release_)),
+        stream_(other.stream_) {}
   Tensor(const Tensor&) = delete;
 
   const char* name() const { return name_; }
@@ -236,8 +237,13 @@ class Tensor : public View {
       throw py::type_error(text(name_,
                                 ": must be an array (NumPy, torch, CuPy, JAX, or anything with __dlpack__), got ",
                                 type_name(object_)));
-    const py::tuple where = asked([&] { return object_.attr("__dlpack_device__")(); });
-    take_device({where[0].cast<int>(), where[1].cast<int>()});
+    const py::object where = asked([&] { return object_.attr("__dlpack_device__")(); });
+    const auto number = [&](int i) {
+      return int(Given<int64_t>{py::tuple(where)[i]}.as(name_, "an array whose __dlpack_device__ is two ints"));
+    };
+    if (!py::isinstance<py::tuple>(where) || py::len(where) != 2)
+      refuse_type(name_, "an array whose __dlpack_device__ is two ints", where);
+    take_device({number(0), number(1)});
     py::dict arguments;
     if (device.cuda) {
       require_cuda(name_, device.index);

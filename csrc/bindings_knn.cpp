@@ -1,10 +1,15 @@
 #include <cmath>
 #include <memory>
+#include <numeric>
 
 #include "bindings_dlpack.hpp"
+#include "common/memory.hpp"
 #include "knn/episodic.hpp"
 #include "knn/knn.hpp"
 #include "normalizer/normalizer.hpp"
+
+URLFAST_MADE(urlfast::EpisodicMemory)
+URLFAST_MADE(urlfast::Normalizer)
 
 namespace urlfast {
 namespace {
@@ -12,13 +17,6 @@ namespace {
 // Host integers: a sequence, a NumPy array or a torch tensor on the CPU.
 std::vector<int64_t> host_lengths(const py::object& object, int64_t problems, int64_t most) {
   std::vector<int64_t> out;
-  const auto take = [&](py::handle item) {
-    try {
-      out.push_back(py::int_(py::reinterpret_steal<py::object>(PyNumber_Index(item.ptr()))).cast<int64_t>());
-    } catch (const py::error_already_set&) {
-      throw py::type_error(text("lengths: must hold integers, got ", py::repr(item).cast<std::string>()));
-    }
-  };
   if (library_of(object) != Library::other) {
     const Tensor lengths(object, "lengths");
     require(!lengths.device.cuda, "lengths", "must lie on the host (they shape the launch), got ",
@@ -31,7 +29,11 @@ std::vector<int64_t> host_lengths(const py::object& object, int64_t problems, in
   } else {
     if (!py::isinstance<py::sequence>(object))
       throw py::type_error(text("lengths: must be a sequence of integers, got ", type_name(object)));
-    for (py::handle item : py::reinterpret_borrow<py::sequence>(object)) take(item);
+    for (py::object item : py::reinterpret_borrow<py::sequence>(object)) {
+      if (is_bool(item) || !PyIndex_Check(item.ptr()))
+        throw py::type_error(text("lengths: must hold integers, got ", shown(item)));
+      out.push_back(Given<int64_t>{item}.as("lengths"));
+    }
   }
   require(int64_t(out.size()) == problems, "lengths", "must have one entry for each of the ", problems,
           " memories, got ", out.size());
@@ -152,6 +154,9 @@ void run_reward(const Call& call, const KnnReward& reward, Normalizer& normalize
 py::tuple knn(const py::object& queries, const py::object& keys, Given<int64_t> k, const py::object& lengths,
               Given<bool> include_self) {
   const Call call = check(queries, keys, k.as("k"), lengths, include_self.as("include_self"), "queries", "keys");
+  const KnnProblem& p = call.problem;
+  require_room("k", text(p.k, " distances and indices for each of ", p.problems * p.num_queries, " rows"),
+               double(p.problems * p.num_queries) * double(p.k) * double(item_size(call.result()) + 8));
   const Output distances = output_like(call.queries, call.result(), call.shape(true));
   const Output indices = output_like(call.queries, DType::i64, call.shape(true));
   {
@@ -208,6 +213,8 @@ std::unique_ptr<EpisodicMemory> make_memory(Given<int64_t> streams_in, Given<int
   require(k >= 1 && k < kMost, "k", "must lie in 1..2^31 - 1, got ", k);
   require(double(streams) * double(capacity) * double(dim) < 0x1p60, "capacity",
           "asks for more than any memory: ", streams, " x ", capacity, " x ", dim, " float32");
+  require(double(streams) * double(k) < 0x1p60, "k", "asks for more than any memory: ", streams, " x ", k,
+          " distances");
   const Device where = parse_device(device);
   const py::gil_scoped_release unlocked;
   return std::make_unique<EpisodicMemory>(streams, capacity, dim, k, where);
@@ -225,6 +232,8 @@ py::object step(EpisodicMemory& self, const py::object& embeddings_in, const py:
           reset.shape_text());
   reset.require_contiguous();
   if (reset.device.cuda) reset.require_device(self.device(), "the memory");
+  require_room("k", text(self.k(), " distances for each of ", self.streams(), " streams"),
+               double(self.streams()) * double(self.k()) * 12);  // and the indices
   const Output out = output_like(embeddings, DType::f32, {self.streams(), self.k()});
   {
     const py::gil_scoped_release unlocked;
@@ -234,18 +243,21 @@ py::object step(EpisodicMemory& self, const py::object& embeddings_in, const py:
 }
 
 py::dict memory_state(const EpisodicMemory& self) {
-  const std::vector<int64_t> lengths = self.lengths();
-  int64_t held = 0;
-  for (int64_t n : lengths) held += n;
-  const Output rows = numpy_output(DType::f32, {held, self.dim()});
-  {
-    const py::gil_scoped_release unlocked;
-    self.save(lengths, rows.view.as<float>());
+  for (;;) {
+    const std::vector<int64_t> lengths = self.lengths();
+    const Output rows =
+        numpy_output(DType::f32, {std::accumulate(lengths.begin(), lengths.end(), int64_t(0)), self.dim()});
+    bool whole;
+    {
+      const py::gil_scoped_release unlocked;
+      whole = self.save(lengths, rows.view.as<float>());
+    }
+    if (!whole) continue;  // another thread took a step in between
+    py::dict out;
+    out["lengths"] = py::cast(lengths);
+    out["rows"] = rows.result();
+    return out;
   }
-  py::dict out;
-  out["lengths"] = py::cast(lengths);
-  out["rows"] = rows.result();
-  return out;
 }
 
 void load_memory_state(EpisodicMemory& self, Given<py::dict> state_in) {

@@ -6,6 +6,7 @@
 #include <deque>
 
 #include "bindings_dlpack.hpp"
+#include "common/memory.hpp"
 #include "latent/latent.hpp"
 
 namespace urlfast {
@@ -19,6 +20,12 @@ struct LatentDynamics : Latent {
   bool started = false;
   std::array<py::object, 5> views;  // by Library, made at first need
 };
+
+}  // namespace
+}  // namespace urlfast
+URLFAST_MADE(urlfast::LatentDynamics)
+namespace urlfast {
+namespace {
 
 std::unique_ptr<LatentDynamics> make(Given<int64_t> num_envs_in, Given<int64_t> latent_dim_in,
                                      Given<int64_t> num_classes_in, Given<double> alpha_in, Given<double> beta_in,
@@ -38,6 +45,9 @@ std::unique_ptr<LatentDynamics> make(Given<int64_t> num_envs_in, Given<int64_t> 
   require(beta >= 0 && beta <= 1, "beta", "must lie in [0, 1], got ", beta);
   require(episode_length >= 1, "episode_length", "must be at least 1, got ", episode_length);
   const Device where = parse_device(device);
+  if (!where.cuda)
+    require_room("num_envs", text(num_envs, " x ", latent_dim, " coordinates"),
+                 double(num_envs) * (double(latent_dim) * 4 + 10));
   const Library library = py::isinstance<py::str>(device) ? Library::numpy : library_of(device);
   return std::make_unique<LatentDynamics>(LatentShape{num_envs, latent_dim, uint32_t(num_classes), episode_length},
                                           LatentParams{float(alpha), float(beta)}, key, where,

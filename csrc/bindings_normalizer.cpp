@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "bindings_dlpack.hpp"
+#include "common/memory.hpp"
 #include "normalizer/normalizer.hpp"
 
 namespace urlfast {
@@ -17,6 +18,13 @@ struct RunningNormalizer : Normalizer {
   std::vector<int64_t> shape;
   std::string mode() const { return kModes[int(rule().mode)]; }
 };
+
+}  // namespace
+}  // namespace urlfast
+URLFAST_MADE(urlfast::Normalizer)
+URLFAST_MADE(urlfast::RunningNormalizer)
+namespace urlfast {
+namespace {
 
 std::string shape_text(const std::vector<int64_t>& shape) {
   View view;
@@ -62,6 +70,8 @@ std::unique_ptr<RunningNormalizer> make(Given<std::string> mode_in, const py::ob
   require(momentum >= 0 && momentum < 1, "momentum", "must lie in [0, 1), got ", momentum);
   rule.epsilon = epsilon, rule.clip = clip.value_or(-1), rule.momentum = momentum;
   const Device where = parse_device(device);
+  if (!where.cuda)
+    require_room("shape", text(features, " features"), 2. * double(features) * double(sizeof(Statistic)));
   py::gil_scoped_release unlocked;
   return std::make_unique<RunningNormalizer>(rule, shape, features, where);
 }
@@ -89,17 +99,10 @@ void update_with(RunningNormalizer& self, const Tensor& x, int64_t rows) {
   require(ok, "x", "must be finite (and below 1e150 in size); the statistic has not changed");
 }
 
-py::object normalized(const RunningNormalizer& self, const Tensor& x, int64_t rows, const py::object& out) {
+// Where normalized values go: fresh memory, or what the caller gave.
+Output normalized_like(const Tensor& x, const py::object& out) {
   const DType dtype = x.dtype == DType::f64 ? DType::f64 : DType::f32;
-  const auto run = [&](void* to) {
-    py::gil_scoped_release unlocked;
-    self.normalize(x.data, x.dtype, rows, to, x.stream());
-  };
-  if (out.is_none()) {
-    const Output fresh = output_like(x, dtype, {x.shape, x.shape + x.rank});
-    run(fresh.view.data);
-    return fresh.result();
-  }
+  if (out.is_none()) return output_like(x, dtype, {x.shape, x.shape + x.rank});
   const Tensor to(out, "out");
   to.require_dtype({dtype});
   to.require_device(x.device, "x");
@@ -112,15 +115,23 @@ py::object normalized(const RunningNormalizer& self, const Tensor& x, int64_t ro
   const auto end = [&](const View& v) { return begin(v) + uintptr_t(v.numel() * item_size(v.dtype)); };
   require((begin(to) == begin(x) && to.dtype == x.dtype) || end(to) <= begin(x) || end(x) <= begin(to), "out",
           "must be x itself or share no memory with it");
-  run(to.data);
-  return out;
+  return {out, to};
+}
+
+py::object normalized(const RunningNormalizer& self, const Tensor& x, int64_t rows, const Output& to) {
+  {
+    py::gil_scoped_release unlocked;
+    self.normalize(x.data, x.dtype, rows, to.view.data, x.stream());
+  }
+  return to.result();
 }
 
 py::object call(RunningNormalizer& self, const py::object& x_in, const py::object& out) {
   const Tensor x(x_in, "x");
   const int64_t rows = rows_of(self, x);
+  const Output to = normalized_like(x, out);  // refused before the statistic changes
   update_with(self, x, rows);
-  return normalized(self, x, rows, out);
+  return normalized(self, x, rows, to);
 }
 
 std::vector<Statistic> read(const RunningNormalizer& self) {
@@ -183,8 +194,12 @@ void merge(RunningNormalizer& self, const py::object& other_in) {
           shape_text(other.shape));
   const Library library = imported("torch").is_none() ? Library::other : Library::torch;
   CUstream_st* stream = self.device().cuda ? current_stream(library, self.device().index) : nullptr;
-  py::gil_scoped_release unlocked;
-  self.merge(other, stream);
+  bool ok;
+  {
+    py::gil_scoped_release unlocked;
+    ok = self.merge(other, stream);
+  }
+  require(ok, "other", "has seen too much: the sum would not be finite; the statistic has not changed");
 }
 
 py::object scale(const RunningNormalizer& self) {
@@ -212,7 +227,8 @@ void bind_normalizer(py::module_& m) {
           "normalize",
           [](const RunningNormalizer& self, const py::object& x_in, const py::object& out) {
             const Tensor x(x_in, "x");
-            return normalized(self, x, rows_of(self, x), out);
+            const int64_t rows = rows_of(self, x);
+            return normalized(self, x, rows, normalized_like(x, out));
           },
           py::arg("x"), py::kw_only(), py::arg("out") = py::none(),
           "x (..., *shape) divided by the statistic, which does not change; into `out` where one is given, which may "

@@ -5,6 +5,7 @@
 #include <set>
 
 #include "bindings_dlpack.hpp"
+#include "common/memory.hpp"
 #include "replay/replay.hpp"
 #include "replay/replay_storage.hpp"
 
@@ -12,6 +13,7 @@ namespace urlfast {
 namespace {
 
 constexpr int64_t kMaxRows = (int64_t(1) << 31) - 1;
+constexpr double kMostBytes = 0x1p45;  // of a replay or a batch: less than an address space has
 
 // Arrays of one call that lie on a device: the stream to work on, and the others that it takes part in.
 class CallStream {
@@ -82,6 +84,7 @@ class Column {
     View view;
     if (py::isinstance<py::array>(object) && dtype_is(py::reinterpret_borrow<py::array>(object), dtype)) {
       const auto array = py::reinterpret_borrow<py::array>(object);
+      owner_ = array;
       view.data = const_cast<void*>(array.data());
       view.rank = int(std::min<py::ssize_t>(array.ndim(), kMaxRank));
       for (int i = 0; i < view.rank; ++i) {
@@ -125,6 +128,7 @@ class Column {
 
  private:
   std::optional<Tensor> held_;  // keeps what came by DLPack
+  py::object owner_;            // or from NumPy: another thread may take it out of the dict while the work is done
   ReplayColumn column_;
   int64_t count_ = 0;
 };
@@ -186,13 +190,9 @@ class PyReplay {
               ", got ", dtype);
       field.dtype = *known;
       field.shape = shape;
-      double bytes = double(item_size(*known));
-      for (int64_t d : shape) {
-        require(d >= 1, "fields", "'", name, "' must have a shape of positive lengths, got ", d);
-        bytes *= double(d);
-      }
+      for (int64_t d : shape) require(d >= 1, "fields", "'", name, "' must have a shape of positive lengths, got ", d);
       require(shape.size() <= 5, "fields", "'", name, "' must have at most 5 axes, got ", shape.size());
-      require(bytes <= double(int64_t(1) << 40), "fields", "'", name, "' takes more than 2^40 bytes a row");
+      require(field.bytes() <= double(int64_t(1) << 40), "fields", "'", name, "' takes more than 2^40 bytes a row");
       if (c.shape.stride == 1)
         require(every == 1, "fields", "'", name, "' must have every=1 ",
                 n_step ? "(another is for sequences)" : "(the stride is 1)", ", got ", every);
@@ -208,15 +208,20 @@ class PyReplay {
       }
       c.fields.push_back(field);
     }
+    double row_bytes = 0;
+    for (const ReplayField& f : c.fields) row_bytes += f.bytes();
+    if (double(capacity) * row_bytes > kMostBytes)  // what the rows take below stays within int64
+      throw MemoryShortage(
+          text("capacity: ", capacity, " rows of ", gigabytes(row_bytes), " are more than any memory"));
     require(c.observation >= 0 || !n_step, "fields",
             "must have 'observation' with n_step, whose batches hold it twice");
     require(c.observation >= 0 || !frame_stack, "fields", "must have 'observation' with frame_stack");
-    auto exponent = [](double value, const char* name) {
-      require(value >= 0 && value <= 100, name, "must lie in 0..100, got ", value);
-      return value;
-    };
-    c.priority_exponent = exponent(priority_exponent, "priority_exponent");
-    c.importance_exponent = exponent(importance_exponent, "importance_exponent");
+    require(priority_exponent >= 0 && priority_exponent <= 100, "priority_exponent", "must lie in 0..100, got ",
+            priority_exponent);
+    c.priority_exponent = priority_exponent;
+    c.importance_exponent = importance_exponent;
+    require(importance_exponent >= 0 && importance_exponent <= 1, "importance_exponent", "must lie in 0..1, got ",
+            importance_exponent);
     require(eta >= 0 && eta <= 1, "eta", "must lie in 0..1, got ", eta);
     c.eta = eta;
     require(storage == "memory" || storage == "file", "storage", "must be 'memory' or 'file', got '", storage, "'");
@@ -299,7 +304,7 @@ class PyReplay {
     buffers->owner = replay;
     buffers->batch = batch;
     const Device device = replay->config().device;
-    const auto layout = replay_layout(replay->config(), batch);
+    const auto layout = checked_layout(replay->config(), batch);
     if (device.cuda) {
       int64_t all = 0;
       for (const ReplayOutput& o : layout) all += (bytes_of(o) + 255) & ~int64_t(255);
@@ -314,6 +319,9 @@ class PyReplay {
       }
       return buffers;
     }
+    double wanted = 0;
+    for (const ReplayOutput& o : layout) wanted += double(bytes_of(o));
+    require_room("B", text(batch, " items of this replay"), wanted);
     // Where torch uses a GPU, batches are pinned: it copies them without waiting.
     const bool pin = cuda_status().compiled && !torch_on_cuda().is_none() && cuda_status().usable;
     for (const ReplayOutput& o : layout) {
@@ -361,7 +369,7 @@ class PyReplay {
     auto buffers = std::make_shared<ReplayBuffers>();
     buffers->owner = replay;
     buffers->batch = batch;
-    const auto layout = replay_layout(replay->config(), batch);
+    const auto layout = checked_layout(replay->config(), batch);
     buffers->stream.emplace(replay->config().device);
     for (const ReplayOutput& o : layout) {
       const std::string name = "out['" + o.name + "']";
@@ -503,6 +511,19 @@ class PyReplay {
   static void check_batch(int64_t batch) {
     require(batch >= 1 && batch <= (int64_t(1) << 24), "B", "must lie in 1..", int64_t(1) << 24, ", got ", batch);
   }
+  static std::vector<ReplayOutput> checked_layout(const ReplayConfig& config, int64_t batch) {
+    std::vector<ReplayOutput> layout = replay_layout(config, batch);
+    double bytes = 0;
+    for (const ReplayOutput& o : layout) {
+      double own = double(item_size(o.dtype));
+      for (int64_t d : o.shape) own *= double(d);
+      bytes += own;
+    }
+    if (bytes > kMostBytes)
+      throw MemoryShortage(
+          text("B: ", batch, " items of this replay take ", gigabytes(bytes), ", more than any memory"));
+    return layout;
+  }
   [[noreturn]] static void refuse_unknown(const py::dict& rows, const ReplayConfig& config) {
     std::set<std::string> known{"reward", "terminated", "is_first", "is_last", "priority"};
     for (const ReplayField& f : config.fields) known.insert(f.name);
@@ -520,6 +541,10 @@ class PyReplay {
 };
 
 }  // namespace
+}  // namespace urlfast
+URLFAST_MADE(urlfast::PyReplay)
+
+namespace urlfast {
 
 void bind_replay(py::module_& m) {
   py::register_local_exception_translator([](std::exception_ptr pointer) {

@@ -113,7 +113,28 @@ struct Given {
   }
 };
 
+// An object of our own, with its C++ part: where __init__ was refused or never called pybind11 would hand a method
+// memory that nobody has written.
+template <class T>
+struct MadeCaster : py::detail::type_caster_base<T> {
+  bool load(py::handle source, bool convert) {
+    if (source && PyType_IsSubtype(Py_TYPE(source.ptr()), this->typeinfo->type)) {
+      auto* made = reinterpret_cast<py::detail::instance*>(source.ptr());
+      bool whole = made->simple_layout && made->simple_holder_constructed;
+      if (!made->simple_layout)
+        for (const auto& part : py::detail::values_and_holders(made))
+          whole |= part.type == this->typeinfo && part.holder_constructed();
+      if (!whole) throw std::runtime_error(type_name(source) + ": its __init__ was refused, or never called");
+    }
+    return py::detail::type_caster_base<T>::load(source, convert);
+  }
+};
+
 }  // namespace urlfast
+
+#define URLFAST_MADE(T) \
+  template <>           \
+  struct pybind11::detail::type_caster<T> : urlfast::MadeCaster<T> {};
 
 namespace pybind11::detail {
 template <class T>

@@ -240,3 +240,149 @@ def test_a_nan_reward_is_refused_and_nothing_is_appended(tensor):
     assert len(r) == 0
     r.add(good_rows())
     assert len(r) == 2
+
+
+# What used to reach memory that nobody owns, or to lose what it was given -------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "cls, call",
+    [
+        (EpisodicMemory, lambda m: m.lengths()),
+        (EpisodicMemory, lambda m: m.step(np.zeros((1, 1), np.float32), np.zeros(1, bool))),
+        (RunningNormalizer, lambda n: n.state_dict()),
+        (RunningNormalizer, lambda n: RunningNormalizer().merge(n)),
+        (RunningNormalizer, lambda n: knn_reward(Z, 2, normalizer=n)),
+        (LatentDynamics, lambda d: d.reset()),
+        (_core.SequenceReplay, lambda r: r.size()),
+    ],
+)
+def test_an_object_whose_init_never_ran_says_so(cls, call):
+    with pytest.raises(RuntimeError, match=rf"^{cls.__name__}: its __init__ was refused, or never called$"):
+        call(cls.__new__(cls))
+
+
+def test_so_does_one_that_was_refused():
+    memory = EpisodicMemory.__new__(EpisodicMemory)
+    with pytest.raises(ValueError, match="num_streams"):
+        memory.__init__(0, 1, 1)
+    with pytest.raises(RuntimeError, match="refused, or never called"):
+        memory.lengths()
+
+    class Both(EpisodicMemory, RunningNormalizer):  # two C++ parts, of which one is made
+        def __init__(self):
+            EpisodicMemory.__init__(self, 2, 4, 3)
+
+    with pytest.raises((RuntimeError, TypeError), match="__init__"):
+        Both().state_dict() and RunningNormalizer.state_dict(Both())
+
+
+@pytest.mark.parametrize(
+    "name, call",
+    [
+        ("k", lambda: knn(Z[None], Z[None], 2**63 - 1, lengths=[2])),
+        ("k", lambda: EpisodicMemory(2**15, 4, 3, k=2**31 - 1).step(np.zeros((2**15, 3), np.float32), np.zeros(2**15, bool))),
+        ("capacity", lambda: EpisodicMemory(2, 2**31 - 1, 2**26)),
+        ("num_envs", lambda: LatentDynamics(2**31, 32)),
+        # products that leave int64: the first one came out as no bytes at all
+        ("capacity", lambda: replay(capacity=2**31 - 64, num_streams=1, expected_rows=1, fields={"observation": Field((2**33,), "uint8")})),
+        ("capacity", lambda: replay(capacity=2**31 - 64, num_streams=1, fields={"observation": Field((2**40,), "uint8")})),
+    ],
+)
+def test_more_than_any_memory_is_refused_by_name(name, call):
+    with pytest.raises(MemoryError, match=rf"^{name}: "):
+        call()
+
+
+@pytest.mark.parametrize("length", [2**10, 2**20])
+def test_a_batch_larger_than_memory_is_refused_by_name(length):
+    fields = {"observation": Field((2**16,), "uint8")}
+    r = SequenceReplay(2**21, fields, num_streams=1, sequence_length=length, stride=length, expected_rows=3)
+    for t in range(3):
+        flags = {"terminated": np.zeros(1, bool), "is_first": np.array([t == 0]), "is_last": np.array([t == 2])}
+        r.add({"observation": np.zeros((1, 2**16), np.uint8), "reward": np.zeros(1, np.float32), **flags})
+    assert r.sampleable == 1
+    with pytest.raises(MemoryError, match=r"^B: 16777216 items of this replay take "):
+        r.sample(2**24)
+
+
+def test_lengths_beyond_64_bits_are_refused_by_name():
+    with pytest.raises(ValueError, match=r"^lengths: must lie in -2\^63\.\.2\^63-1, got 118"):
+        knn(Z[None], Z[None], 2, lengths=[2**70])
+    with pytest.raises(TypeError, match=r"^lengths: must hold integers, got True$"):
+        knn(Z[None], Z[None], 2, lengths=[True])
+
+
+@pytest.mark.parametrize("device", [None, (1,), ("x", 0), 3])
+def test_an_exporter_that_names_no_device_is_refused_by_name(device):
+    class Exporter:
+        def __dlpack__(self, **_):
+            return None
+
+        def __dlpack_device__(self):
+            return device
+
+    with pytest.raises(TypeError, match=r"^queries: must be an array whose __dlpack_device__ is two ints, got "):
+        knn(Exporter())
+
+
+def test_a_refused_out_leaves_the_statistic_as_it_was():
+    n = RunningNormalizer()
+    before = n.state_dict()
+    with pytest.raises(ValueError, match="out: must have x's shape"):
+        n(np.ones(3, np.float32), out=np.zeros(2, np.float32))
+    assert n.state_dict() == before
+
+
+def test_a_merge_that_would_not_be_finite_changes_nothing():
+    a, b = RunningNormalizer("std"), RunningNormalizer("std")
+    state = {"mode": "std", "shape": [], "count": 2.0, "mean": [0.0], "m2": [1.7e308]}
+    a.load_state_dict(state), b.load_state_dict(state)
+    with pytest.raises(ValueError, match=r"^other: has seen too much"):
+        a.merge(b)
+    assert a.state_dict() == state
+
+
+def test_booleans_of_other_bytes_than_0_and_1_are_true():
+    """NumPy's and torch's views of bytes as bool hold any of them."""
+    true = np.array([2, 252], np.uint8).view(bool)
+    r = replay(n_step=1)
+    for t in range(6):
+        flags = {"is_first": true if t % 3 == 0 else ~true & False, "terminated": np.zeros(2, bool), "is_last": np.zeros(2, bool)}
+        r.add({**good_rows(), **flags, **({"is_last": true} if t == 2 else {}), **({"terminated": true} if t == 1 else {})})
+    assert r.sampleable == 8
+    batch = r.sample(200)
+    np.testing.assert_array_equal(batch.discount == 0, batch.indices // 2 == 1)
+    memory = EpisodicMemory(2, 4, 3)
+    for _ in range(2):
+        memory.step(Z[:2], true)
+    assert memory.lengths() == [1, 1]
+    prioritised = replay(n_step=1, priority_exponent=1.0)
+    for t in range(3):
+        prioritised.add({**good_rows(), "is_first": np.full(2, t == 0)})
+    before = prioritised._core.totals()
+    prioritised.update_priorities(np.arange(2), np.full(2, 9, np.float32), true)
+    assert prioritised._core.totals()[0] == before[0] + 2 * 8 * 2**24
+
+
+@pytest.mark.parametrize("call", [SequenceReplay.load, SequenceReplay.prune, replay().save, lambda p: replay(storage="file", path=p)])
+def test_a_null_character_in_a_path_is_refused_by_name(call):
+    with pytest.raises(ValueError, match=r"^(folder|path): must not hold a null character"):
+        call("a\0b")
+
+
+def test_a_manifest_that_nests_without_end_is_refused_by_name(tmp_path):
+    (tmp_path / "manifest.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"manifest\.json: is not the manifest of a saved replay"):
+        SequenceReplay.load(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["(2,", "float32,,", "(-1,)f4", 3.0, object])
+def test_no_dtype_at_all_is_refused_by_name(dtype):
+    with pytest.raises((TypeError, ValueError), match=r"^fields: 'observation' must have "):
+        replay(fields={"observation": Field((2,), dtype)})
+
+
+def test_importance_exponents_above_1_overflowed():
+    with pytest.raises(ValueError, match=r"^importance_exponent: must lie in 0\.\.1, got 100"):
+        replay(priority_exponent=1.0, importance_exponent=100.0)

@@ -1,3 +1,5 @@
+import threading
+
 import numpy as np
 import pytest
 import reference_knn as reference
@@ -270,6 +272,31 @@ def test_episodic_memory_is_lists_of_rows(device, streams, capacity, dim, k):
             held[n] = [*held[n], x[n]][-capacity:]
         where = reset if t % 2 or device == "cpu" else on(device, reset)[0]
         close(memory.step(on(device, x)[0], where), want)
+
+
+def test_a_state_taken_beside_steps_is_whole():
+    """Every row holds its step, and now and then a reset empties all streams: lengths and rows must be of one moment."""
+    memory, stop = urlfast.EpisodicMemory(64, 20, 2), threading.Event()
+
+    def step():
+        t = 0
+        while not stop.is_set():
+            memory.step(np.full((64, 2), t, np.float32), np.full(64, t % 3 == 0))
+            t += 1
+
+    thread = threading.Thread(target=step)
+    thread.start()
+    try:
+        for _ in range(3000):
+            state = memory.state_dict()
+            n = state["lengths"][0] if state["rows"].size else 0
+            assert state["lengths"] == [n] * 64
+            rows = state["rows"].reshape(64, n, 2)
+            np.testing.assert_array_equal(rows, np.broadcast_to(rows[:1, :1] + np.arange(n)[:, None], rows.shape))
+            assert n == 0 or rows[0, 0, 0] % 3 == 0
+    finally:
+        stop.set()
+        thread.join()
 
 
 def test_episodic_memory_refuses_by_name_and_then_is_unchanged():

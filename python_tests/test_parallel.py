@@ -126,5 +126,16 @@ def test_multiprocessing_by_fork():
     """)
 
 
+def test_threads_that_the_system_does_not_give_are_not_waited_for():
+    run("""
+    import resource
+    want = work()
+    size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + 2 ** 26,) * 2)  # room for a few stacks
+    urlfast.set_num_threads(64)
+    assert (work() == want).all() and (work() == want).all()
+    """)
+
+
 def test_denormals_survive_the_import():
     assert run("print(np.float64(1e-310) * 1 > 0, np.float32(1e-40) * np.float32(1) > 0)") == "True True"

@@ -235,7 +235,7 @@ class SequenceReplay:
     priority_exponent, importance_exponent, eta: an item is drawn in proportion to p^priority_exponent (kept in units of 2^-24, at least
         one), where p = eta * max|td| + (1 - eta) * mean|td| of its last update, or |td| with n_step. New items enter with the highest p
         seen (1 before any), or with what rows["priority"] says in the row they start with (NaN: the highest seen).
-        weight = (number of items * probability)^-importance_exponent, divided by the largest of the batch.
+        weight = (number of items * probability)^-importance_exponent, divided by the largest of the batch; that exponent lies in [0, 1].
     ring: batches are NumPy arrays in `ring` sets of buffers used in turn: a batch stays intact during the next ring - 1 calls of sample.
         Where torch uses a GPU they are pinned: `torch.from_numpy(batch.reward).to(device, non_blocking=True)` does not wait, and what was
         queued on the current stream before the following call of sample is done before the memory is written again.
@@ -575,9 +575,12 @@ def _flag(name: str, value) -> bool:
 
 def _path(name: str, value) -> str:
     try:
-        return os.fsdecode(value)
+        path = os.fsdecode(value)
     except TypeError:
         raise TypeError(f"{name}: must be a path, got {_shown(value)}") from None
+    if "\0" in path:
+        raise ValueError(f"{name}: must not hold a null character, got {_shown(path)}")
+    return path
 
 
 def _check_storage(storage: str, path) -> None:
@@ -596,7 +599,7 @@ def _replay_column(name: str, f: Field) -> tuple:
         raise TypeError(f"fields: '{name}' must have an int every, got {_shown(f.every)}")
     try:
         dtype = np.dtype(f.dtype)
-    except TypeError:
+    except (TypeError, ValueError, SyntaxError):
         raise TypeError(f"fields: '{name}' must have a NumPy dtype, got {_shown(f.dtype)}") from None
     shape = [_integer(f"fields: '{name}' shape", n) for n in f.shape]
     return name, shape, dtype.name, _integer(f"fields: '{name}' every", f.every)
@@ -630,7 +633,7 @@ def _read_manifest(path: str | os.PathLike) -> dict:
             manifest = json.loads(file.read())
     except FileNotFoundError:
         raise ValueError(f"{path}: is missing") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: is not the manifest of a saved replay ({error})") from None
     if not isinstance(manifest, dict) or manifest.get("format") != "urlfast-replay":
         raise ValueError(f"{path}: is not the manifest of a saved replay")

@@ -9,6 +9,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdlib>
+#include <exception>
 #include <fstream>
 #include <mutex>
 #include <string>
@@ -94,7 +95,11 @@ class Pool {
       workers_.clear();
       stop_ = false;
     }
-    while (int(workers_.size()) < n) workers_.emplace_back([this, seen = generation_.load()]() mutable { loop(seen); });
+    try {
+      while (int(workers_.size()) < n)
+        workers_.emplace_back([this, seen = generation_.load()]() mutable { loop(seen); });
+    } catch (const std::exception&) {  // the system gives no more of them, or no memory: those there are do the work
+    }
   }
 
   void loop(uint64_t seen) {

@@ -3,9 +3,10 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
-#include <new>
 
+#include "common/check.hpp"
 #include "common/cuda.hpp"
+#include "common/memory.hpp"
 
 namespace urlfast {
 
@@ -24,7 +25,9 @@ EpisodicMemory::EpisodicMemory(int64_t streams, int64_t capacity, int64_t dim, i
   }
   rows_.reset(static_cast<float*>(std::malloc(size_t(bytes))), std::free);
   total_.reset(static_cast<int64_t*>(std::calloc(size_t(streams), sizeof(int64_t))), std::free);
-  if (!rows_ || !total_) throw std::bad_alloc();
+  if (!rows_ || !total_)
+    throw MemoryShortage(text("capacity: ", streams, " x ", capacity, " rows take ", gigabytes(double(bytes)),
+                              ", more than the system gives"));
 }
 
 void EpisodicMemory::step(const float* embeddings, const bool* reset, bool reset_on_device, float* distances,
@@ -42,12 +45,13 @@ void EpisodicMemory::step(const float* embeddings, const bool* reset, bool reset
   }
   (void)reset_on_device, (void)stream;
   int64_t* total = total_.get();
+  const auto* is_reset = reinterpret_cast<const uint8_t*>(reset);
   std::vector<int64_t> held(static_cast<size_t>(streams_)), indices(size_t(streams_ * k_));
-  for (int64_t n = 0; n < streams_; ++n) held[size_t(n)] = reset[n] ? 0 : std::min(total[n], capacity_);
+  for (int64_t n = 0; n < streams_; ++n) held[size_t(n)] = is_reset[n] ? 0 : std::min(total[n], capacity_);
   p.lengths = held.data();
   knn_cpu(p, distances, indices.data());  // throws before anything has changed
   for (int64_t n = 0; n < streams_; ++n) {
-    if (reset[n]) total[n] = 0;
+    if (is_reset[n]) total[n] = 0;
     std::memcpy(rows_.get() + (n * capacity_ + total[n] % capacity_) * dim_, embeddings + n * dim_,
                 size_t(dim_) * sizeof(float));
     ++total[n];
@@ -67,9 +71,11 @@ std::vector<int64_t> EpisodicMemory::lengths() const {
   return out;
 }
 
-void EpisodicMemory::save(const std::vector<int64_t>& lengths, float* rows) const {
+bool EpisodicMemory::save(const std::vector<int64_t>& lengths, float* rows) const {
   const std::lock_guard<std::mutex> lock(mutex_);
   const std::vector<int64_t> total = totals();
+  for (int64_t n = 0; n < streams_; ++n)
+    if (lengths[size_t(n)] != std::min(total[size_t(n)], capacity_)) return false;
   const auto copy = [&](const float* from, int64_t count) {
     const int64_t bytes = count * dim_ * int64_t(sizeof(float));
     copy_waiting(device_, rows, from, bytes);
@@ -82,6 +88,7 @@ void EpisodicMemory::save(const std::vector<int64_t>& lengths, float* rows) cons
     if (to_end > 0) copy(own + oldest * dim_, to_end);
     if (held > to_end) copy(own, held - to_end);
   }
+  return true;
 }
 
 void EpisodicMemory::load(const std::vector<int64_t>& lengths, const float* rows) {

@@ -24,13 +24,14 @@ class EpisodicMemory {
 
   // Empties the memories whose reset is set; writes each stream's k lowest distances, [streams, k], ascending and
   // padded with infinity; then appends, over the oldest row where a memory is full. embeddings: [streams, dim] on
-  // device(); reset: [streams], on device() where reset_on_device, else on the host. On the CPU NaN and infinity throw
-  // std::invalid_argument and change nothing; on CUDA nothing waits for the device.
+  // device(); reset: [streams], on device() where reset_on_device, else on the host; read as bytes. On the CPU NaN and
+  // infinity throw std::invalid_argument and change nothing; on CUDA nothing waits for the device.
   void step(const float* embeddings, const bool* reset, bool reset_on_device, float* distances, CUstream_st* stream);
 
-  // Rows held by each stream, [streams]; and these rows, stream after stream, oldest first. On CUDA they wait.
+  // Rows held by each stream, [streams]; and these rows, stream after stream, oldest first, or false where it holds
+  // other numbers by now. On CUDA they wait.
   std::vector<int64_t> lengths() const;
-  void save(const std::vector<int64_t>& lengths, float* rows) const;
+  bool save(const std::vector<int64_t>& lengths, float* rows) const;
   void load(const std::vector<int64_t>& lengths, const float* rows);
 
  private:

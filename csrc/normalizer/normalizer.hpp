@@ -32,8 +32,9 @@ class Normalizer {
   // out: [rows, features]; float64 for float64 x, float32 otherwise; may be x where the dtypes agree. Takes the mutex.
   void normalize(const void* x, DType dtype, int64_t rows, void* out, CUstream_st* stream) const;
   // Adds what `other` has seen. Same mode and features; never ema_abs. May be this one itself. Between two on the same
-  // CUDA device one launch on `stream`; otherwise by way of the host.
-  void merge(const Normalizer& other, CUstream_st* stream);
+  // CUDA device one launch on `stream`; otherwise by way of the host, and false, with nothing changed, where the sum
+  // would not be finite.
+  bool merge(const Normalizer& other, CUstream_st* stream);
 
   // Host copies of the state, [features]. On CUDA these wait for the device.
   void read(Statistic* out) const;

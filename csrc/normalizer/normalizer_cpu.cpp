@@ -148,24 +148,26 @@ void Normalizer::normalize(const void* x, DType dtype, int64_t rows, void* out, 
   });
 }
 
-void Normalizer::merge(const Normalizer& other, CUstream_st* stream) {
+bool Normalizer::merge(const Normalizer& other, CUstream_st* stream) {
   if (device_.cuda && device_ == other.device_) {
     const std::lock_guard<std::mutex> lock(mutex_);
 #ifdef URLFAST_HAS_CUDA
     normalizer_merge_cuda(state_.get(), other.state_.get(), rule_, features_, device_.index, stream);
 #endif
-    return;
+    return true;
   }
   (void)stream;
   std::vector<Statistic> theirs(features_), ours(features_);
   other.read(theirs.data());  // one lock at a time: two threads may merge two normalisers crosswise
-  if (device_.cuda) {
-    read(ours.data());
-    for (int64_t f = 0; f < features_; ++f) ours[f] = statistic_update(ours[f], theirs[f], rule_);
-    return write(ours.data());
-  }
   const std::lock_guard<std::mutex> lock(mutex_);
-  for (int64_t f = 0; f < features_; ++f) state_.get()[f] = statistic_update(state_.get()[f], theirs[f], rule_);
+  const int64_t bytes = features_ * int64_t(sizeof(Statistic));
+  copy_waiting(device_, ours.data(), state_.get(), bytes);
+  for (int64_t f = 0; f < features_; ++f) {
+    ours[f] = statistic_update(ours[f], theirs[f], rule_);
+    if (!finite(ours[f])) return false;
+  }
+  copy_waiting(device_, state_.get(), ours.data(), bytes);
+  return true;
 }
 
 void Normalizer::read(Statistic* out) const {

@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "common/memory.hpp"
 #include "common/tensor.hpp"
 #include "replay/replay_index.hpp"
 
@@ -25,6 +26,11 @@ struct ReplayField {
   int64_t row_bytes() const {
     int64_t n = item_size(dtype);
     for (int64_t d : shape) n *= d;
+    return n;
+  }
+  double bytes() const {  // the same, of a shape that is not checked yet
+    double n = double(item_size(dtype));
+    for (int64_t d : shape) n *= double(d);
     return n;
   }
 };
@@ -51,7 +57,8 @@ struct ReplayOutput {
   std::vector<int64_t> shape;
 };
 
-// An array whose rows are contiguous each, `step` bytes apart.
+// An array whose rows are contiguous each, `step` bytes apart. Booleans are read as bytes: one that another program
+// wrote may be neither 0 nor 1.
 struct ReplayColumn {
   const void* data = nullptr;
   int64_t step = 0;
@@ -84,10 +91,6 @@ struct SystemError : std::runtime_error {
       : std::runtime_error(what), code(code_), file(std::move(file_)) {}
   int code;
   std::string file;
-};
-// Python sees MemoryError.
-struct MemoryShortage : std::runtime_error {
-  using std::runtime_error::runtime_error;
 };
 
 // Safe to call from several threads: samplers take turns, and one of them never keeps an adder waiting unless the adder

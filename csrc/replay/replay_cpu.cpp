@@ -96,7 +96,7 @@ Errors errors_in(const float* td, int64_t n) {
   return e;
 }
 
-Errors errors_where(const float* td, const bool* mask, int64_t n) {
+Errors errors_where(const float* td, const uint8_t* mask, int64_t n) {
   Errors e;
   for (int64_t j = 0; j < n; ++j) {
     if (!mask[j]) continue;
@@ -209,8 +209,8 @@ class ReplayCpu final : public Replay, private ReplayMemory {
       reward()[slot] = *rows.reward.row<float>(i);
       if (given()) given()[slot] = rows.priority.data ? *rows.priority.row<float>(i) : std::nanf("");
       const uint8_t flags =
-          uint8_t((*rows.terminated.row<bool>(i) ? kTerminated : 0) | (*rows.is_first.row<bool>(i) ? kFirst : 0) |
-                  (*rows.is_last.row<bool>(i) ? kLast : 0));
+          uint8_t((*rows.terminated.row<uint8_t>(i) ? kTerminated : 0) | (*rows.is_first.row<uint8_t>(i) ? kFirst : 0) |
+                  (*rows.is_last.row<uint8_t>(i) ? kLast : 0));
       index_->append(s, flags, [&](int64_t t, bool ready) { change(s, t, ready); });
       if (!any_at_starts_) continue;
       entries_.place(slot, uint8_t(flags_.data()[slot]));
@@ -253,8 +253,8 @@ class ReplayCpu final : public Replay, private ReplayMemory {
       for (int64_t i = 0; i < batch; ++i) weight[i] /= most;
       begin_reading();
     }
+    const Reading reading{this};
     gather(items, out);
-    end_reading();
   }
 
   void update_priorities(int64_t batch, int64_t steps, ReplayColumn indices, ReplayColumn td, ReplayColumn mask,
@@ -270,7 +270,7 @@ class ReplayCpu final : public Replay, private ReplayMemory {
       update.slot = -1;
       if (t < index_->tail(s) || tree_.leaf(index_->slot(s, t)) == 0) continue;
       update.slot = index_->slot(s, t);
-      const Errors e = mask.data ? errors_where(td.row<float>(i), mask.row<bool>(i), steps)
+      const Errors e = mask.data ? errors_where(td.row<float>(i), mask.row<uint8_t>(i), steps)
                                  : errors_of(td.row<float>(i), steps, index_->flags(s), t);
       require(std::isfinite(e.sum), "td", "must be finite where it counts, got NaN or infinity in row ", i);
       if (e.count)
@@ -301,10 +301,7 @@ class ReplayCpu final : public Replay, private ReplayMemory {
       state = replay_state(config_, *index_, counters_, tree_.nodes, given());
       begin_reading();
     }
-    struct Reading {
-      ReplayCpu* replay;
-      ~Reading() { replay->end_reading(); }
-    } reading{this};
+    const Reading reading{this};
     write_replay(rows_path, state_path, config_, state, entries_.of_slot, *this, saved);
     return saved;
   }
@@ -385,6 +382,11 @@ class ReplayCpu final : public Replay, private ReplayMemory {
     }
     idle_.notify_all();
   }
+
+  struct Reading {  // however it ends, adders go on
+    ReplayCpu* replay;
+    ~Reading() { replay->end_reading(); }
+  };
 
   struct Update {
     int64_t slot;     // -1: the item is gone

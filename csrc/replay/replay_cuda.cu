@@ -462,8 +462,8 @@ class ReplayCuda final : public Replay, private ReplayMemory {
   void append_row(const ReplayRows& rows, int64_t i, int64_t s, CUstream_st* stream) {
     const int64_t slot = index_->slot(s, index_->head(s));
     const uint8_t flags =
-        uint8_t((*rows.terminated.row<bool>(i) ? kTerminated : 0) | (*rows.is_first.row<bool>(i) ? kFirst : 0) |
-                (*rows.is_last.row<bool>(i) ? kLast : 0));
+        uint8_t((*rows.terminated.row<uint8_t>(i) ? kTerminated : 0) | (*rows.is_first.row<uint8_t>(i) ? kFirst : 0) |
+                (*rows.is_last.row<uint8_t>(i) ? kLast : 0));
     index_->append(s, flags, [&](int64_t t, bool ready) {
       char& mark = marks_.data()[index_->slot(s, t)];
       const bool has = mark & kHasItem;

@@ -105,13 +105,13 @@ void check_replay_rows(const ReplayIndex& index, const ReplayRows& rows, std::ve
   for (int64_t i = 0; i < rows.count; ++i) {
     const int64_t s = rows.streams ? rows.streams[i] : i;
     require(s >= 0 && s < streams, "streams", "must lie in 0..", streams - 1, ", got ", s);
-    const bool first = *rows.is_first.row<bool>(i);
+    const bool first = *rows.is_first.row<uint8_t>(i) != 0;
     const int64_t head = index.head(s);
     const bool opened = last[size_t(s)] >= 0 || head > 0;
     const bool closed = last[size_t(s)] >= 0 ? last[size_t(s)] != 0 : opened && (index.flags(s)[head - 1] & kLast) != 0;
     require(first || opened, "is_first", "must be True in the first row of a stream; stream ", s, " has none yet");
     require(first || !closed, "is_first", "must be True in the row after an is_last; in stream ", s, " it is not");
-    last[size_t(s)] = *rows.is_last.row<bool>(i) ? 1 : 0;
+    last[size_t(s)] = *rows.is_last.row<uint8_t>(i) ? 1 : 0;
     if (rows.priority.data && !rows.priority.on_device) {
       const float p = *rows.priority.row<float>(i);
       require(std::isnan(p) || (p >= 0 && std::isfinite(p)), "priority",

@@ -11,12 +11,10 @@
 #include <algorithm>
 #include <array>
 #include <cerrno>
-#include <cstdlib>
 #include <cstring>
-#include <fstream>
-#include <limits>
 
 #include "common/check.hpp"
+#include "common/memory.hpp"
 #include "replay/replay.hpp"
 
 namespace urlfast {
@@ -24,50 +22,11 @@ namespace {
 
 constexpr size_t kBuffer = size_t(1) << 20;
 
-std::string gigabytes(int64_t bytes) {
-  char out[32];
-  std::snprintf(out, sizeof out, "%.2f GB", double(bytes) * 1e-9);
-  return out;
-}
-
-// The limit of a cgroup minus what it uses, following the group up to its root; -1 where nothing limits it.
-int64_t cgroup_room() {
-  int64_t room = -1;
-  auto number = [](const std::string& path) -> int64_t {
-    std::ifstream in(path);
-    std::string word;
-    if (!(in >> word) || word == "max") return -1;
-    return std::strtoll(word.c_str(), nullptr, 10);
-  };
-  auto consider = [&](const std::string& folder, const char* limit_name, const char* used_name) {
-    const int64_t limit = number(folder + limit_name), used = number(folder + used_name);
-    if (limit <= 0 || limit > int64_t(1) << 60 || used < 0) return;  // v1 writes a huge number for "no limit"
-    const int64_t left = std::max<int64_t>(0, limit - used);
-    room = room < 0 ? left : std::min(room, left);
-  };
-  std::ifstream groups("/proc/self/cgroup");
-  for (std::string line; std::getline(groups, line);) {
-    const bool v2 = line.rfind("0::", 0) == 0;
-    const size_t memory = line.find(":memory:");
-    if (!v2 && memory == std::string::npos) continue;
-    std::string path = v2 ? line.substr(3) : line.substr(memory + 8);
-    const std::string root = v2 ? "/sys/fs/cgroup" : "/sys/fs/cgroup/memory";
-    for (;;) {
-      const std::string folder = root + (path == "/" ? "" : path) + "/";
-      v2 ? consider(folder, "memory.max", "memory.current")
-         : consider(folder, "memory.limit_in_bytes", "memory.usage_in_bytes");
-      if (path.empty() || path == "/") break;
-      path.resize(path.rfind('/') == std::string::npos ? 0 : path.rfind('/'));
-    }
-  }
-  return room;
-}
-
 }  // namespace
 
 Pages::Pages(int64_t bytes) : bytes_(std::max<int64_t>(bytes, 1)) {
   void* p = mmap(nullptr, size_t(bytes_), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (p == MAP_FAILED) throw MemoryShortage("could not map " + gigabytes(bytes_) + ": " + std::strerror(errno));
+  if (p == MAP_FAILED) throw MemoryShortage("could not map " + gigabytes(double(bytes_)) + ": " + std::strerror(errno));
   data_ = static_cast<char*>(p);
 #ifdef MADV_HUGEPAGE
   if (bytes_ >= int64_t(2) << 20) madvise(p, size_t(bytes_), MADV_HUGEPAGE);  // advice: it may be declined
@@ -77,7 +36,7 @@ Pages::Pages(int64_t bytes) : bytes_(std::max<int64_t>(bytes, 1)) {
 Pages::Pages(int file, int64_t offset, int64_t bytes) : bytes_(std::max<int64_t>(bytes, 1)) {
   void* p = mmap(nullptr, size_t(bytes_), PROT_READ | PROT_WRITE, MAP_SHARED, file, off_t(offset));
   if (p == MAP_FAILED)
-    throw SystemError(errno, "could not map " + gigabytes(bytes_) + " of the scratch file", "scratch file");
+    throw SystemError(errno, "could not map " + gigabytes(double(bytes_)) + " of the scratch file", "scratch file");
   data_ = static_cast<char*>(p);
 }
 
@@ -89,22 +48,6 @@ Pages& Pages::operator=(Pages&& other) noexcept {
 
 Pages::~Pages() {
   if (data_) munmap(data_, size_t(bytes_));
-}
-
-int64_t available_memory() {
-  int64_t available = -1;
-  std::ifstream info("/proc/meminfo");
-  std::string name;
-  int64_t kilobytes = 0;
-  for (std::string line; std::getline(info, line);)
-    if (line.rfind("MemAvailable:", 0) == 0) {
-      kilobytes = std::strtoll(line.c_str() + 13, nullptr, 10);
-      available = kilobytes * 1024;
-      break;
-    }
-  const int64_t room = cgroup_room();
-  if (room >= 0 && (available < 0 || room < available)) available = room;
-  return available;
 }
 
 int scratch_file(const std::string& folder, int64_t bytes) {
@@ -122,7 +65,7 @@ int scratch_file(const std::string& folder, int64_t bytes) {
   const int code = posix_fallocate(file, 0, off_t(bytes));
   if (code != 0) {
     close(file);
-    throw SystemError(code, "could not reserve " + gigabytes(bytes) + " for the scratch file in path", folder);
+    throw SystemError(code, "could not reserve " + gigabytes(double(bytes)) + " for the scratch file in path", folder);
   }
   return file;
 }

@@ -23,10 +23,6 @@ class Pages {
   int64_t bytes_ = 0;
 };
 
-// Bytes that may still be used: the machine's MemAvailable, or what the process's cgroup has left, if that is less. -1
-// where the system does not say.
-int64_t available_memory();
-
 // A file of `bytes` bytes, all of them reserved, in `folder` but already unlinked: it goes when its last user does,
 // however that one ends. Throws SystemError.
 int scratch_file(const std::string& folder, int64_t bytes);
