@@ -34,7 +34,7 @@ def test_nine_rooms_are_joined_and_walls_stop():
         step = after
     assert env.visited.sum() == 3
     frame = step.observation[0, -1]
-    assert (frame == 255).sum() == 4 and (frame == 64).sum() == 4 * 35  # the agent, and the rest of its lit room
+    assert (frame == 255).sum() == 9 and (frame == 64).sum() == 9 * 35  # the agent, and the rest of its lit room
     while not step.is_last[0]:
         step = env.step(np.array([1]))
     assert step.length[0] == 40 and not step.terminated[0]

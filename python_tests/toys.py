@@ -1,4 +1,4 @@
-"""Small pixel environments with the face of urlfast.envs, whose right answers are known. Vectorised NumPy, one grey 44x44 frame a step."""
+"""Small pixel environments with the face of urlfast.envs, whose right answers are known. Vectorised NumPy, one grey frame a step."""
 
 import numpy as np
 
@@ -6,7 +6,6 @@ from urlfast.envs import Episodes, FrameStack, VectorEnv
 
 
 class _Pixels(VectorEnv):
-    frame_shape = (1, 44, 44)  # small, so that a test has time for many updates
     action_repeat = 1
 
     def __init__(self, num_envs, num_actions, seed, frame_stack):
@@ -45,6 +44,7 @@ class Catch(_Pixels):
     Episodes of 9 steps, reward +1 or -1 at the end, which is terminal. A random policy earns -0.71, the best 1.
     """
 
+    frame_shape = (1, 44, 44)
     rows, columns = 10, 7
 
     def __init__(self, num_envs=1, seed=0, frame_stack=4):
@@ -80,11 +80,13 @@ class NineRooms(_Pixels):
     from the start; four environments of random moves find about 100 in 1,000 steps each, and 130 in 4,000.
     """
 
+    frame_shape = (1, 84, 84)
+
     def __init__(self, num_envs=1, seed=0, frame_stack=4, room=6, limit=100):
         super().__init__(num_envs, 4, seed, frame_stack)
         self.limit = limit
         side = 4 + 3 * room
-        self._pixels = 44 // side  # per cell
+        self._pixels = 84 // side  # per cell
         cell = np.arange(side)
         inside = cell % (room + 1) != 0
         self.floor = inside[:, None] & inside[None, :]
@@ -117,7 +119,7 @@ class NineRooms(_Pixels):
         maze = np.where(self.floor, 0, 128) + np.where(lit, 64, 0)
         maze[self._every, self._at[:, 0], self._at[:, 1]] = 255
         side = self.floor.shape[0] * self._pixels
-        low = (44 - side) // 2
+        low = (84 - side) // 2
         frame = np.zeros((self.num_envs, *self.frame_shape), np.uint8)
         frame[:, 0, low : low + side, low : low + side] = maze.repeat(self._pixels, 1).repeat(self._pixels, 2)
         return frame
