@@ -1,23 +1,21 @@
-"""knn_reward beside torch.cdist + topk, faiss's exact search and URLB's formula, two threads.
+"""knn_reward beside torch.cdist + topk, faiss's exact search, scikit-learn and URLB's formula; and many episodic memories in one call.
 
-pytest bench/bench_knn.py --benchmark-group-by=group     one contestant after another, with pytest-benchmark's statistics
-python bench/bench_knn.py                                in turns: drift hits all alike; medians of wall time and ratios
+All return log(1 + mean distance to the k nearest). Floor: the products' float32 operations, half of them where the batch is its own pool;
+or one pass over the memory, if that takes longer.
 """
 
-import sys
-import time
+from functools import partial
 
 import numpy as np
-import pytest
 import torch
 
 import urlfast
+from bench.harness import Case, Work, agree, optional
 
-try:
-    import faiss
-except ImportError:
-    faiss = None
+faiss = optional("faiss")
+sklearn = optional("sklearn.neighbors")
 
+MEAN_TARGET = 4.0
 # queries, keys (None: the batch itself), features, k
 SHAPES = [
     (256, None, 15, 12),
@@ -28,111 +26,116 @@ SHAPES = [
     (256, 30_000, 32, 10),
     (1024, 100_000, 64, 16),
 ]
-RAGGED = [(64, 10_000, 32, 10), (256, 30_000, 32, 10)]  # memories, rows of each, features, k: one query each
+MEMORIES = [(64, 10_000, 10_000), (256, 30_000, 30_000), (64, 10_000, 30_000), (256, 10_000, 30_000)]  # how many, fewest and most rows
 
 
-def arrays(b, m, d):
+def log_mean(distance):
+    """(B, k) -> (B,)"""
+    return torch.log1p(torch.as_tensor(distance).mean(-1))
+
+
+def ours(z, pool, k):
+    memory = None if pool is z else pool
+    return lambda: urlfast.knn_reward(z, k, memory)
+
+
+def cdist(mode):
+    def make(z, pool, k):
+        z, pool = torch.from_numpy(z), torch.from_numpy(pool)
+        return lambda: log_mean(torch.cdist(z, pool, compute_mode=mode).topk(k, largest=False).values)
+
+    return make
+
+
+def faiss_exact(z, pool, k):
+    return lambda: log_mean(np.sqrt(np.maximum(faiss.knn(z, pool, k)[0], 0)))  # |a|^2 + |b|^2 - 2ab may fall below 0
+
+
+def brute_force(z, pool, k):
+    search = sklearn.NearestNeighbors(n_neighbors=k, algorithm="brute").fit(pool)
+    return lambda: log_mean(search.kneighbors(z)[0])
+
+
+def urlb(z, pool, k):
+    """The array of all differences, as URLB's PBE makes it."""
+    z, pool = torch.from_numpy(z), torch.from_numpy(pool)
+    return lambda: log_mean(torch.norm(z[:, None, :] - pool[None, :, :], dim=-1, p=2).topk(k, largest=False).values)
+
+
+def batch(b, m, d, k):
     rng = np.random.default_rng(0)
     z = rng.standard_normal((b, d), dtype=np.float32)
-    return z, None if m is None else rng.standard_normal((m, d), dtype=np.float32)
+    return z, z if m is None else rng.standard_normal((m, d), dtype=np.float32), k
 
 
-def log_reward(distance):
-    return np.log(1 + np.asarray(distance).mean(-1))
+def one_batch(threads, b, m, d, k):
+    contestants = {
+        "urlfast": ours,
+        "cdist": cdist("use_mm_for_euclid_dist"),
+        "cdist, direct": cdist("donot_use_mm_for_euclid_dist"),
+        "faiss": faiss and faiss_exact,
+    }
+    if m is None:
+        contestants["scikit-learn"] = sklearn and brute_force
+    if b * (m or b) * d * 4 < 3e9:  # bytes of the array of all differences
+        contestants["URLB"] = urlb
+    return Case(
+        "knn",
+        f"{b:,} x {f'{m:,}' if m else 'self'} x {d}, k {k}",
+        threads,
+        partial(batch, b, m, d, k),
+        contestants,
+        agree(rtol=2e-3),  # the products cancel: a row's distance to itself is not quite 0
+        floor=Work(fp32=2 * b * m * d, read=4 * m * d) if m else Work(fp32=b * b * d),
+        targets={"fastest": 2.0, **({"URLB": 30.0} if (b, m) == (1024, None) else {})},
+    )
 
 
-def ours(z, memory, k):
-    return urlfast.knn_reward(z, k, memory)
+# Many memories, one query each, 32 features, k = 10 -----------------------------------------------------------------------------
 
 
-def cdist(z, memory, k):
-    z, pool = torch.from_numpy(z), torch.from_numpy(z if memory is None else memory)
-    return log_reward(torch.cdist(z, pool, compute_mode="use_mm_for_euclid_dist").topk(k, largest=False).values)
+def ours_ragged(z, memory, lengths):
+    return lambda: urlfast.knn_reward(z, 10, memory, lengths=lengths)
 
 
-def faiss_exact(z, memory, k):
-    faiss.omp_set_num_threads(torch.get_num_threads())
-    return log_reward(np.sqrt(np.maximum(faiss.knn(z, z if memory is None else memory, k)[0], 0)))
+def faiss_each(z, memory, lengths):
+    def call():
+        found = [faiss.knn(z[i], memory[i, :n], 10)[0] for i, n in enumerate(lengths)]
+        return log_mean(np.sqrt(np.maximum(np.stack(found), 0)))
+
+    return call
 
 
-def urlb(z, memory, k):
-    z, pool = torch.from_numpy(z), torch.from_numpy(z if memory is None else memory)
-    distance = torch.norm(z[:, None, :] - pool[None, :, :], dim=-1, p=2)
-    return log_reward(distance.topk(k, largest=False).values)
-
-
-def contestants(b, m, d):
-    out = [ours, cdist] + ([faiss_exact] if faiss else [])
-    return out + [urlb] * (b * (m or b) * d <= 20_000_000)  # it makes the array of all differences
-
-
-def ragged(z, memory, k):
-    return urlfast.knn_reward(z, k, memory, lengths=[memory.shape[1]] * len(z))
-
-
-def ragged_baddbmm(z, memory, k):
+def baddbmm(z, memory, lengths):
     z, memory = torch.from_numpy(z), torch.from_numpy(memory)
-    square = torch.baddbmm(memory.square().sum(-1).unsqueeze(1), z, memory.mT, alpha=-2) + z.square().sum(-1, keepdim=True)
-    return log_reward(square.clamp_min(0).topk(k, largest=False).values.sqrt())
+    beyond = torch.arange(memory.shape[1]) >= torch.tensor(lengths)[:, None, None]
+
+    def call():
+        square = torch.baddbmm(memory.square().sum(-1).unsqueeze(1), z, memory.mT, alpha=-2) + z.square().sum(-1, keepdim=True)
+        return log_mean(square.masked_fill_(beyond, torch.inf).clamp_min_(0).topk(10, largest=False).values.sqrt())
+
+    return call
 
 
-@pytest.mark.parametrize("contestant", ["ours", "cdist", "faiss_exact", "urlb"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_knn_reward(benchmark, set_threads, shape, contestant):
-    set_threads(2)
-    call = {f.__name__: f for f in contestants(*shape[:3])}.get(contestant)
-    if call is None:
-        pytest.skip("faiss is not installed, or the array of all differences is too large")
-    z, memory = arrays(*shape[:3])
-    np.testing.assert_allclose(call(z, memory, shape[3]), ours(z, memory, shape[3]), rtol=2e-3)
-    benchmark.group = f"knn {shape}"
-    benchmark(call, z, memory, shape[3])
-
-
-@pytest.mark.parametrize("contestant", [ragged, ragged_baddbmm])
-@pytest.mark.parametrize("shape", RAGGED, ids=str)
-def test_ragged_memories(benchmark, set_threads, shape, contestant):
-    set_threads(2)
-    z, memory = many_memories(*shape[:3])
-    np.testing.assert_allclose(contestant(z, memory, shape[3]), ragged(z, memory, shape[3]), rtol=2e-3)
-    benchmark.group = f"ragged {shape}"
-    benchmark(contestant, z, memory, shape[3])
-
-
-def many_memories(s, c, d):
+def memories(lengths):
     rng = np.random.default_rng(0)
-    return rng.standard_normal((s, 1, d), dtype=np.float32), rng.standard_normal((s, c, d), dtype=np.float32)
+    z = rng.standard_normal((len(lengths), 1, 32), dtype=np.float32)
+    return z, rng.standard_normal((len(lengths), max(lengths), 32), dtype=np.float32), lengths
 
 
-def in_turns(calls, z, memory, k, seconds=4.0):
-    """Median milliseconds of each, called a b c a b c ..."""
-    times = {f.__name__: [] for f in calls}
-    for f in calls:
-        np.testing.assert_allclose(f(z, memory, k), calls[0](z, memory, k), rtol=2e-3)
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times[calls[-1].__name__]) < 3:
-        for f in calls:
-            start = time.perf_counter()
-            f(z, memory, k)
-            times[f.__name__].append(1e3 * (time.perf_counter() - start))
-    return {name: float(np.median(t)) for name, t in times.items()}
+def many_memories(threads, count, low, high):
+    lengths = np.linspace(low, high, count).astype(int).tolist()
+    return Case(
+        "knn",
+        f"{count} memories x {f'{low:,}' if low == high else f'{low:,}-{high:,}'} x 32, k 10",
+        threads,
+        partial(memories, lengths),
+        {"urlfast": ours_ragged, "faiss": faiss and faiss_each, "baddbmm": baddbmm},
+        agree(rtol=2e-3),
+        floor=Work(read=4 * 32 * sum(lengths)),
+        targets={"fastest": 2.0},
+    )
 
 
-def main(threads=2):
-    torch.set_num_threads(threads)
-    urlfast.set_num_threads(threads)
-    rows = [(shape, contestants(*shape[:3]), arrays(*shape[:3])) for shape in SHAPES]
-    for shape, calls, (z, memory) in rows:
-        show("knn", shape, in_turns(calls, z, memory, shape[3]))
-    for shape in RAGGED:
-        show("ragged", shape, in_turns([ragged, ragged_baddbmm], *many_memories(*shape[:3]), shape[3]))
-
-
-def show(what, shape, times):
-    first, *others = times.items()
-    ratios = "  ".join(f"{name} {t:.2f} ms {t / first[1]:.1f}x" for name, t in others)
-    print(f"{what} {shape}: {first[1]:.2f} ms  {ratios}", flush=True)
-
-
-if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+def cases(threads):
+    return [one_batch(threads, *shape) for shape in SHAPES] + [many_memories(threads, *shape) for shape in MEMORIES]
