@@ -1,6 +1,7 @@
 """The commands as a person meets them: in processes of their own, `urlfast X` and `python -m urlfast.X`."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -23,6 +24,22 @@ def test_help_names_every_command():
     assert done.returncode == 0
     for command in ("train", "transfer", "evaluate", "report", "info"):
         assert f"\n  {command} " in done.stdout
+
+
+def test_a_reader_that_has_seen_enough_is_no_traceback():
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-m", "urlfast"], env=toy_run.environment(), stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert done.returncode == 1 and not done.stderr
+
+
+def test_an_interrupt_while_a_command_loads_is_no_traceback(tmp_path):
+    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")  # in place of seconds of loading
+    environment = toy_run.environment()
+    environment["PYTHONPATH"] = f"{tmp_path}:{environment.get('PYTHONPATH', '')}"
+    done = subprocess.run([sys.executable, "-m", "urlfast", "train"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 130 and not done.stderr
 
 
 def test_an_unknown_command_is_answered_with_the_nearest():

@@ -139,3 +139,16 @@ def test_threads_that_the_system_does_not_give_are_not_waited_for():
 
 def test_denormals_survive_the_import():
     assert run("print(np.float64(1e-310) * 1 > 0, np.float32(1e-40) * np.float32(1) > 0)") == "True True"
+
+
+def test_the_public_face_sets_and_says_the_threads():
+    before = urlfast.get_num_threads()
+    try:
+        urlfast.set_num_threads(3)
+        assert urlfast.get_num_threads() == 3
+        for wrong in (0, 5000, True, 1.5):
+            with pytest.raises((TypeError, ValueError), match="^n: "):
+                urlfast.set_num_threads(wrong)
+        assert urlfast.get_num_threads() == 3
+    finally:
+        urlfast.set_num_threads(before)

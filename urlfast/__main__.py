@@ -1,6 +1,7 @@
 """`urlfast COMMAND`, which is `python -m urlfast.COMMAND`."""
 
 import importlib
+import os
 import sys
 
 from urlfast import __version__
@@ -15,13 +16,22 @@ COMMANDS = {
 
 
 def main() -> None:
-    argv = sys.argv[1:]
+    try:
+        run(sys.argv[1:])
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(1)
+    except KeyboardInterrupt:  # while a command's libraries were loading; commands see to the rest
+        sys.exit(130)
+
+
+def run(argv: list[str]) -> None:
     if argv == ["--version"]:
         print(f"urlfast {__version__}")
     elif not argv or argv[0] in ("-h", "--help"):
         print("usage: urlfast COMMAND ... | --version\n")
         print("\n".join(f"  {name:10}{says}" for name, says in COMMANDS.items()))
-        print("\n`urlfast COMMAND --help` says more.")
+        print("\n`urlfast COMMAND --help` says more.", flush=True)
     elif argv[0] in COMMANDS:
         importlib.import_module(f"urlfast.{argv[0]}").main(argv[1:])
     else:

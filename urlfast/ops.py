@@ -10,8 +10,9 @@ import re
 import reprlib
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 
@@ -26,7 +27,20 @@ except ImportError as error:
     ) from error
 
 __version__: str = _core.__version__
-set_num_threads = _core.set_num_threads
+Array = Any  # of NumPy, torch, CuPy or JAX; each function says where and of which dtype
+
+
+def set_num_threads(n: int) -> None:
+    """Threads that the native core uses on the CPU from the next call on, 1..4096; OMP_NUM_THREADS, or the cores, until this is called.
+
+    No result depends on it. Raises TypeError (no int) and ValueError (out of that range).
+    """
+    _core.set_num_threads(n)
+
+
+def get_num_threads() -> int:
+    """Threads that the native core uses on the CPU."""
+    return _core.num_threads()
 
 
 def _detached(array):
@@ -38,7 +52,9 @@ def _detached(array):
 # knn ------------------------------------------------------------------------------------------------------------------
 
 
-def knn(queries, keys=None, k=12, *, lengths=None, include_self=True):
+def knn(
+    queries: Array, keys: Array | None = None, k: int = 12, *, lengths: Sequence[int] | None = None, include_self: bool = True
+) -> tuple[Array, Array]:
     """The k nearest rows of `keys` to each row of `queries`: Euclidean, exact, ascending, ties to the lowest index.
 
     queries: (B, D), or (S, B, D) for S independent problems; float16, bfloat16, float32 or float64, finite, C-contiguous; NumPy, torch,
@@ -58,18 +74,18 @@ def knn(queries, keys=None, k=12, *, lengths=None, include_self=True):
 
 
 def knn_reward(
-    z,
-    k=12,
-    memory=None,
+    z: Array,
+    k: int = 12,
+    memory: Array | None = None,
     *,
-    lengths=None,
-    reduction="mean",
-    exponent=1.0,
-    c=1.0,
-    include_self=True,
-    normalizer=None,
-    update_normalizer=True,
-):
+    lengths: Sequence[int] | None = None,
+    reduction: Literal["mean", "kth"] = "mean",
+    exponent: float = 1.0,
+    c: float = 1.0,
+    include_self: bool = True,
+    normalizer: RunningNormalizer | None = None,
+    update_normalizer: bool = True,
+) -> Array:
     """Particle-entropy reward: log(c + mean over the k nearest neighbours of distance ** exponent), for each row of z.
 
     z: (B, D), or (S, B, D) for S independent batches; float16, bfloat16, float32 or float64, finite, C-contiguous; NumPy, torch, CuPy or
@@ -116,11 +132,11 @@ class EpisodicMemory(_core.EpisodicMemory):
     Source: the episodic memory of NGU (Badia et al. 2020), section 3.
     """
 
-    def __init__(self, num_streams, capacity, dim, *, k=10, device="cpu"):
+    def __init__(self, num_streams: int, capacity: int, dim: int, *, k: int = 10, device: Any = "cpu"):
         super().__init__(num_streams, capacity, dim, k, device)
         self._shown = f"EpisodicMemory({self.num_streams}, {self.capacity}, {self.dim}, k={self.k}, device={self.device!r})"
 
-    def step(self, embeddings, reset):
+    def step(self, embeddings: Array, reset: Array) -> Array:
         return super().step(_detached(embeddings), reset)
 
     def __repr__(self):
@@ -162,7 +178,16 @@ class RunningNormalizer(_core.RunningNormalizer):
     CUDA and none is usable.
     """
 
-    def __init__(self, mode="mean", *, shape=(), epsilon=1e-8, clip=None, momentum=0.99, device="cpu"):
+    def __init__(
+        self,
+        mode: Literal["mean", "std", "var", "ema_abs"] = "mean",
+        *,
+        shape: tuple[int, ...] = (),
+        epsilon: float = 1e-8,
+        clip: float | None = None,
+        momentum: float = 0.99,
+        device: Any = "cpu",
+    ):
         super().__init__(mode, shape, epsilon, clip, momentum, device)
         arguments = f"{self.mode!r}, shape={self.shape}, epsilon={self.epsilon}, clip={self.clip}, momentum={self.momentum}"
         self._shown = f"RunningNormalizer({arguments}, device={self.device!r})"
@@ -361,7 +386,7 @@ class SequenceReplay:
         """{name: (shape, dtype)} of the arrays behind a batch of B, for `out`; stacked observations stand as single frames."""
         return {name: (shape, dtype) for name, shape, dtype in self._core.layout(_integer("B", B))}
 
-    def update_priorities(self, indices, td, mask=None) -> None:
+    def update_priorities(self, indices: Array, td: Array, mask: Array | None = None) -> None:
         """Set the priorities of sampled items from their errors; with priority_exponent = 0 they are only checked.
 
         indices: int64 [B], of a batch. td: float32, [B] with n_step, else [B, L - 1 - burn_in]. mask: bool, like td; None: the transitions
@@ -403,6 +428,11 @@ class SequenceReplay:
         self._core.close()
         self._ring = [None] * len(self._ring)
 
+    def __repr__(self) -> str:
+        if "_core" not in self.__dict__:  # a traceback may show one whose native part was never made
+            return "SequenceReplay(refused)"
+        return f"SequenceReplay({self.capacity} rows in {self.num_streams} streams, device={self._options['device']!r})"
+
     def __reduce__(self):  # what copy.copy, copy.deepcopy and pickle ask
         raise TypeError("SequenceReplay: cannot be copied or pickled; save(folder) writes it and SequenceReplay.load(folder) reads it")
 
@@ -416,9 +446,8 @@ class SequenceReplay:
         """Write what is new since the last save into `folder`, then its manifest.json; returns the names of the files this state needs.
 
         Rows go to one new file per save, priorities and counters to another; neither ever changes, and nothing is deleted: a copy of an
-        older
-        manifest.json stays loadable until `prune` is told that nobody keeps it. Every file is written under a name that begins with a dot,
-        synced and renamed, the manifest last: a crash at any moment leaves the previous save whole. Another thread may go on adding.
+        older manifest.json stays loadable until `prune` is told that nobody keeps it. Every file is written under a name that begins with a
+        dot, synced and renamed, the manifest last: a crash at any moment leaves the previous save whole. Another thread may go on adding.
         OSError, with errno and filename, when a file cannot be written: it is removed, and save works again once there is room.
         """
         self._writable("save")
@@ -682,9 +711,27 @@ class LatentDynamics(_core.LatentDynamics):
     and none is usable.
     """
 
-    def __init__(self, num_envs, latent_dim, num_classes=1, *, alpha=0.5, beta=0.95, episode_length=100, seed=0, device="cpu"):
+    def __init__(
+        self,
+        num_envs: int,
+        latent_dim: int,
+        num_classes: int = 1,
+        *,
+        alpha: float = 0.5,
+        beta: float = 0.95,
+        episode_length: int = 100,
+        seed: int = 0,
+        device: Any = "cpu",
+    ):
         super().__init__(num_envs, latent_dim, num_classes, alpha, beta, episode_length, seed, device)
         self._arguments = (num_envs, latent_dim, num_classes, alpha, beta, episode_length, seed, device)
+
+    def __repr__(self) -> str:
+        if "_arguments" not in self.__dict__:
+            return "LatentDynamics(refused)"
+        num_envs, dim, classes, alpha, beta, length, seed, device = self._arguments
+        given = f"alpha={alpha}, beta={beta}, episode_length={length}, seed={seed}, device={str(device)!r}"
+        return f"LatentDynamics({num_envs}, {dim}, {classes}, {given})"
 
     def __reduce__(self):  # for copy.deepcopy and pickle
         return _restored_dynamics, (self._arguments, self.state_dict())
@@ -697,7 +744,7 @@ def _restored_dynamics(arguments, state):
     return dynamics
 
 
-def ema_update_(targets, sources, tau):
+def ema_update_(targets: Iterable[Array], sources: Iterable[Array], tau: float) -> None:
     """targets[i] += tau * (sources[i] - targets[i]) for every i, in place, in one pass over all of them.
 
     targets, sources: lists or other iterables of arrays, as many, such as `module.parameters()`; requires_grad does not matter. Pairs

@@ -2,7 +2,7 @@
 
 Liu, Abbeel, "Behavior From the Void: Unsupervised Active Pre-Training" (2021); equation numbers are the paper's. No release holds the
 paper's whole network: the defaults follow the paper and, where it is silent, the source named beside each value. `APTConfig.mini_apt()` is
-the authors' released Atari agent without its bugs (the last action is explored, each sample has its own crop, the target moves every time).
+the network, batch and reward of the authors' released Atari agent, and says what differs.
 
 One update, with B transitions and features of width d:
     two views of o_t -> encoder f, projection h -> NT-Xent -> a step of f and h          nothing else trains the encoder
@@ -85,7 +85,12 @@ class APTConfig:
 
     @staticmethod
     def mini_apt() -> "APTConfig":
-        """The released Atari agent: neighbours and Q on the convolutions' 3136 outputs, the k-th neighbour alone, both views as pool."""
+        """The released Atari agent: neighbours and Q on the convolutions' 3136 outputs, the k-th neighbour alone, both views as pool.
+
+        Mended: the last action is explored, each sample has its own crop, the target moves at every update and not every 8,000.
+        As everywhere here: Huber in place of the squared error, the mean over views in place of their sum, and the reward of the next
+        particle alone (the release: of the 20th, with a bootstrap that is discounted once).
+        """
         return APTConfig(
             encoder=EncoderConfig(),
             projection=(256,),
