@@ -147,7 +147,7 @@ def test_the_public_face_sets_and_says_the_threads():
         urlfast.set_num_threads(3)
         assert urlfast.get_num_threads() == 3
         for wrong in (0, 5000, True, 1.5):
-            with pytest.raises((TypeError, ValueError), match="^n: "):
+            with pytest.raises((TypeError, ValueError), match=r"^n: "):
                 urlfast.set_num_threads(wrong)
         assert urlfast.get_num_threads() == 3
     finally:

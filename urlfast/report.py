@@ -290,7 +290,7 @@ def tile(label, value, note) -> str:
 
 def figure(chart: str, caption: str, heading: str = "") -> str:
     heading = f"<h3>{escape(heading)}</h3>" if heading else ""
-    return f'<figure>{heading}{chart}<figcaption>{escape(caption)}</figcaption></figure>'
+    return f"<figure>{heading}{chart}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
 def section(heading, *parts, say="") -> str:
