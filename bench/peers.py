@@ -1,0 +1,166 @@
+"""What a user would run instead, where it is not a package: written here from its published description, in our own words.
+
+`MiniAPT` is an equivalent of the update of forhaoliu/mini_apt, the Atari agent that APT's authors released: its network, losses, gradients
+and optimisers in plain float32 PyTorch, and what it does more than once or for nobody:
+
+    representation   two views of o_t        encoder with gradient, NT-Xent, clip, Adam; then the encoder's EMA copy moves
+    reward           two views of o_{t+1}    encoder, and encoder again for the pool [repeated]; kNN by the (2B, 2B, d) array of differences
+    Q target         the same views          encoder a third time [repeated], EMA encoder; double Q, the mean over both views
+    Q                two views of o_t        encoder with gradient; the loss goes back through it and nobody uses that [unused]
+
+So six encoder passes and two backward, where three and one do. Left as it was: frames kept in float32, one random crop for a whole batch,
+boolean masks around the contrastive logits. Otherwise than released: any action may be drawn, Q's target moves at every update instead of
+every 8,000th, the reward looks one step ahead, and the variance is the population's, all four as in our preset of that name.
+python_tests/test_peers.py holds its values against our own update's.
+"""
+
+import collections
+import copy
+import random
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+
+CONV = ((32, 8, 4), (64, 4, 2), (64, 3, 1))  # channels, kernel, stride
+
+
+class MiniEncoder(nn.Module):
+    def __init__(self, conv: tuple[tuple[int, int, int], ...], channels: int, side: int, projection: int):
+        super().__init__()
+        layers: list[nn.Module] = []
+        for outputs, kernel, stride in conv:
+            layers += [nn.Conv2d(channels, outputs, kernel, stride), nn.ReLU()]
+            channels, side = outputs, (side - kernel) // stride + 1
+        self.conv = nn.Sequential(*layers, nn.Flatten())
+        self.width = channels * side * side
+        self.head = nn.Linear(self.width, projection)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.conv(images)
+
+    def project(self, images: Tensor) -> Tensor:
+        return self.head(self.conv(images))
+
+
+class MiniCritic(nn.Module):
+    def __init__(self, width: int, num_actions: int, hidden: int):
+        super().__init__()
+        self.value = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, 1))
+        self.advantage = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, num_actions))
+
+    def forward(self, features: Tensor) -> Tensor:
+        advantage = self.advantage(features)
+        return self.value(features) + advantage - advantage.mean(1, keepdim=True)
+
+
+class RunningVariance:
+    """mini_apt's statistic of distances: its batches' variances and means, merged; it divides by the variance."""
+
+    def __init__(self):
+        self.mean, self.variance, self.count = torch.zeros(1), torch.ones(1), 1e-4
+
+    def __call__(self, x: Tensor) -> Tensor:
+        n, total = len(x), len(x) + self.count
+        delta = x.mean(0) - self.mean
+        self.mean = self.mean + delta * n / total
+        self.variance = (self.variance * self.count + x.var(0, correction=0) * n + delta**2 * self.count * n / total) / total
+        self.count = total
+        return self.variance
+
+
+def frozen(network: nn.Module) -> nn.Module:
+    return copy.deepcopy(network).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def soft_update(target: nn.Module, source: nn.Module, tau: float) -> None:
+    for t, s in zip(target.parameters(), source.parameters(), strict=True):
+        t.copy_(t * (1 - tau) + s * tau)
+
+
+class MiniAPT:
+    """See above. Its README's values: k 16, the k-th neighbour alone, batches of 64 in 2 views, Adam at 1e-4, gradients clipped at 10."""
+
+    def __init__(self, num_actions: int, *, channels=4, side=84, conv=CONV, projection=256, hidden=512, k=16, lr=1e-4):
+        self.num_actions, self.k = num_actions, k
+        self.gamma, self.tau, self.temperature, self.norm_clip, self.knn_clip = 0.99, 0.01, 0.07, 10.0, 5e-4
+        self.encoder = MiniEncoder(conv, channels, side, projection)
+        self.encoder_target = frozen(self.encoder)
+        self.critic = MiniCritic(self.encoder.width, num_actions, hidden)
+        self.critic_target = frozen(self.critic)
+        self.repr_optimizer = torch.optim.Adam(self.encoder.parameters(), lr=lr)
+        self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), lr=lr)
+        self.statistic = RunningVariance()
+
+    @torch.no_grad()
+    def act(self, state: Tensor, epsilon: float) -> int:
+        """For one stack (C, H, W) of float32 frames."""
+        if random.random() < epsilon:
+            return random.randrange(self.num_actions)
+        return int(self.critic(self.encoder(state[None])).argmax())
+
+    def update(self, state: Tensor, action: Tensor, next_state: Tensor, not_done: Tensor) -> dict[str, Tensor]:
+        """state, next_state: (2B, C, H, W) float32, both views of a batch; action, not_done: (2B, 1)."""
+        representation_loss = self.update_representation(state)
+        soft_update(self.encoder_target, self.encoder, self.tau)
+        reward = self.reward(next_state)
+        with torch.no_grad():
+            best = self.critic(self.encoder(next_state)).argmax(-1, keepdim=True)
+            value = self.critic_target(self.encoder_target(next_state)).gather(-1, best)
+            y = (reward + not_done * self.gamma * value).view(2, -1).mean(0)
+        first, second = self.critic(self.encoder(state)).gather(-1, action).view(2, -1)
+        critic_loss = F.mse_loss(first, y) + F.mse_loss(second, y)
+        self.critic_optimizer.zero_grad()
+        critic_loss.backward()
+        clip_grad_norm_(self.critic.parameters(), self.norm_clip)
+        self.critic_optimizer.step()
+        soft_update(self.critic_target, self.critic, self.tau)
+        return {"contrastive_loss": representation_loss, "intrinsic_reward": reward.mean(), "critic_loss": critic_loss.detach()}
+
+    def update_representation(self, state: Tensor) -> Tensor:
+        features = F.normalize(self.encoder.project(state), dim=1)
+        n = len(features)
+        similarity = features @ features.T
+        image = torch.arange(n // 2).repeat(2)
+        others = ~torch.eye(n, dtype=torch.bool)
+        same = (image[:, None] == image)[others].view(n, -1)
+        similarity = similarity[others].view(n, -1)
+        logits = torch.cat([similarity[same].view(n, -1), similarity[~same].view(n, -1)], dim=1) / self.temperature
+        loss = F.cross_entropy(logits, torch.zeros(n, dtype=torch.long))
+        self.repr_optimizer.zero_grad()
+        loss.backward()
+        clip_grad_norm_(self.encoder.parameters(), self.norm_clip)
+        self.repr_optimizer.step()
+        return loss.detach()
+
+    @torch.no_grad()
+    def reward(self, next_state: Tensor) -> Tensor:
+        """(2B, 1): log(1 + the k-th distance over its running variance, less the clip)."""
+        source, target = self.encoder(next_state), self.encoder(next_state)
+        distance = torch.norm(source[:, None] - target[None], dim=-1)
+        kth = distance.topk(self.k, largest=False).values[:, -1:]
+        return torch.log((kth / self.statistic(kth) - self.knn_clip).clamp(min=0) + 1)
+
+
+class MiniReplay:
+    """A deque of float32 stacks, as mini_apt keeps them; a sample comes twice, each copy under a crop of its own batch-wide offset."""
+
+    def __init__(self, capacity: int, pad: int = 4):
+        self.memory: collections.deque = collections.deque(maxlen=capacity)
+        self.pad = pad
+
+    def add(self, state: Tensor, action: int, next_state: Tensor, not_done: float) -> None:
+        self.memory.append((state, [action], next_state, [not_done]))
+
+    def sample(self, batch_size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        state, action, next_state, not_done = zip(*random.sample(self.memory, batch_size), strict=True)
+        images = [self.crop(torch.FloatTensor(np.tile(np.stack(stacks), (2, 1, 1, 1)))) for stacks in (state, next_state)]
+        return images[0], torch.LongTensor(np.tile(action, (2, 1))), images[1], torch.FloatTensor(np.tile(not_done, (2, 1)))
+
+    def crop(self, images: Tensor) -> Tensor:
+        padded, side = F.pad(images, (self.pad,) * 4, mode="replicate"), images.shape[-1]
+        y, x = random.randrange(2 * self.pad + 1), random.randrange(2 * self.pad + 1)
+        return padded[..., y : y + side, x : x + side]

@@ -1,0 +1,107 @@
+"""bench/peers.py does what it claims: on the same batch and weights its losses, gradients and rewards are our own update's."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from urlfast.learners.drq import DrQConfig
+from urlfast.methods.apt import APT, APTConfig
+from urlfast.nets.encoders import EncoderConfig
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+from peers import MiniAPT, MiniReplay
+
+CONV, B, ACTIONS, K = ((8, 8, 4), (8, 4, 2)), 8, 3, 5
+
+
+def pair(lr):
+    """Ours and the peer with the same weights, and one batch as each of them takes it. No shift: both views are the image itself."""
+    mini = APTConfig.mini_apt()
+    config = replace(
+        mini,
+        encoder=EncoderConfig(conv=CONV),
+        projection=(6,),
+        reward=replace(mini.reward, k=K),
+        learner=DrQConfig(hidden=12, tau=0.01, adam_eps=1e-8, lr=lr, grad_clip=1e9),
+        lr=lr,
+        batch_size=B,
+        augment=replace(mini.augment, shift=0),
+        precision="fp32",
+    )
+    ours = APT(config, (4, 36, 36), ACTIONS, seed=0)
+    peer = MiniAPT(ACTIONS, side=36, conv=CONV, projection=6, hidden=12, k=K, lr=lr)
+    peer.norm_clip = 1e9  # no clip on either side: a loss four times as large would meet it earlier
+    with torch.no_grad():
+        # Distances large beside their variance would give rewards near 4 and errors above 1, where Huber's loss is not the square.
+        ours.agent.encoder.conv[-1].weight.mul_(100)
+        ours.agent.learner.q.hidden.weight.div_(1000)
+        for target, source in ((ours.agent.encoder_target, ours.agent.encoder), (ours.agent.learner.q_target, ours.agent.learner.q)):
+            target.load_state_dict(source.state_dict())
+        theirs = [p for layer in (peer.encoder.conv[0], peer.encoder.conv[2], peer.encoder.head) for p in layer.parameters()]
+        for p, mine in zip(theirs, [*ours.agent.encoder.parameters(), *ours.projection.parameters()], strict=True):
+            p.copy_(mine)
+        q, critic = ours.agent.learner.q, peer.critic
+        for name, mine in q.hidden.named_parameters():
+            for half, stream in zip(mine.chunk(2), (critic.value, critic.advantage), strict=True):
+                getattr(stream[0], name).copy_(half)
+        for mine, layer in ((q.value, critic.value[2]), (q.advantage, critic.advantage[2])):
+            layer.load_state_dict(mine.state_dict())
+        peer.encoder_target.load_state_dict(peer.encoder.state_dict())
+        peer.critic_target.load_state_dict(critic.state_dict())
+    rng = np.random.default_rng(0)
+    images = [torch.from_numpy(rng.integers(0, 256, (B, 4, 36, 36), np.uint8)) for _ in range(2)]
+    action = torch.from_numpy(rng.integers(0, ACTIONS, B))
+    not_done = torch.from_numpy(rng.integers(0, 2, B).astype(np.float32))
+    for_ours = dict(observation=images[0], next_observation=images[1], action=action, discount=0.99 * not_done)
+    state, next_state = (i.repeat(2, 1, 1, 1).float() / 255 for i in images)
+    return ours, peer, for_ours, (state, action.repeat(2)[:, None], next_state, not_done.repeat(2)[:, None])
+
+
+def test_mini_apt_has_our_losses_rewards_and_gradients():
+    """With a step that moves nothing, so that our features, taken before the contrastive step, are the peer's, taken after it."""
+    ours, peer, for_ours, for_peer = pair(lr=1e-12)
+    mine, theirs = ours.gradient_step(**for_ours), peer.update(*for_peer)
+    assert mine["q_loss"] > 1e-4 and mine["intrinsic_reward"] > 0.01
+    for name in ("contrastive_loss", "intrinsic_reward"):
+        torch.testing.assert_close(mine[name], theirs[name], rtol=1e-4, atol=1e-5)
+    # Its loss is the square summed over two views, ours Huber's mean: e²/2 below 1, so a quarter.
+    torch.testing.assert_close(mine["q_loss"], theirs["critic_loss"] / 4, rtol=1e-4, atol=1e-6)
+    q, critic = ours.agent.learner.q, peer.critic
+    hidden = torch.cat([critic.value[0].weight.grad, critic.advantage[0].weight.grad])
+    for got, expected in ((q.hidden.weight.grad, hidden), (q.advantage.weight.grad, critic.advantage[2].weight.grad)):
+        torch.testing.assert_close(got, expected / 4, rtol=1e-3, atol=1e-6)
+
+
+def test_mini_apt_takes_our_contrastive_step():
+    ours, peer, for_ours, for_peer = pair(lr=1e-3)
+    peer.update_representation(for_peer[0])
+    gradient = peer.encoder.conv[0].weight.grad.clone()
+    ours, peer, for_ours, for_peer = pair(lr=1e-3)
+    ours.gradient_step(**for_ours)
+    peer.update(*for_peer)
+    torch.testing.assert_close(ours.agent.encoder.conv[0].weight.grad.contiguous(), gradient, rtol=1e-3, atol=1e-5)
+    assert not torch.equal(peer.encoder.conv[0].weight.grad, gradient)  # what the critic's loss sends back, and nobody uses
+    for mine, theirs in ((ours.agent.encoder, peer.encoder), (ours.agent.encoder_target, peer.encoder_target)):
+        for a, b in zip(mine.conv, (theirs.conv[0], theirs.conv[2]), strict=True):
+            torch.testing.assert_close(a.weight.contiguous(), b.weight, rtol=1e-3, atol=2e-5)
+    torch.testing.assert_close(ours.projection[0].weight, peer.encoder.head.weight, rtol=1e-3, atol=2e-5)
+
+
+def test_mini_replay_hands_out_both_views_of_each_transition():
+    replay = MiniReplay(10, pad=2)
+    for i in range(12):
+        replay.add(torch.full((4, 6, 6), float(i)), i, torch.full((4, 6, 6), i + 1.0), 1.0)
+    state, action, next_state, not_done = replay.sample(5)
+    assert state.shape == next_state.shape == (10, 4, 6, 6) and action.shape == not_done.shape == (10, 1)
+    assert torch.equal(state[:5], state[5:]) and torch.equal(next_state, state + 1)
+    assert torch.equal(state[:, 0, 0, 0].long(), action[:, 0]) and action.min() >= 2  # the first two have left
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 1.0])
+def test_mini_apt_acts(epsilon):
+    _, peer, _, (state, *_) = pair(lr=1e-3)
+    assert peer.act(state[0], epsilon) in range(ACTIONS)
