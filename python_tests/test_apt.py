@@ -186,9 +186,10 @@ def test_pool_of_views_averages_over_the_views():
     update = method.agent.learner.update
 
     class Watched(ParticleReward):
-        def __call__(self, z):
-            seen.append((z, super().__call__(z)))
-            return seen[-1][1]
+        def with_distance(self, z):
+            reward, distance = super().with_distance(z)
+            seen.append((z, reward))
+            return reward, distance
 
     method.reward = Watched(method.config.reward, CPU)
     method.agent.learner.update = lambda batch, r, online, target: seen.append((r, online, target)) or update(batch, r, online, target)

@@ -20,9 +20,12 @@ def crops(image, pad):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("pad", [0, 1, 4])
-def test_each_shift_is_a_whole_crop_of_its_own_image(device, pad):
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_each_shift_is_a_whole_crop_of_its_own_image(device, pad, layout):
     images = np.random.default_rng(0).integers(0, 256, (20, 3, 11, 17), np.uint8)
-    shifted = random_shift(torch.from_numpy(images).to(device), pad, copies=2, generator=generator(1, device)).cpu().numpy()
+    shifted = random_shift(torch.from_numpy(images).to(device), pad, copies=2, generator=generator(1, device), memory_format=layout)
+    assert device != "cpu" or shifted.is_contiguous(memory_format=layout)
+    shifted = shifted.cpu().numpy()
     assert shifted.shape == (40, 3, 11, 17) and shifted.dtype == np.uint8
     found = []
     for row, image in enumerate(shifted):

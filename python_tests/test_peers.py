@@ -12,8 +12,8 @@ from urlfast.learners.drq import DrQConfig
 from urlfast.methods.apt import APT, APTConfig
 from urlfast.nets.encoders import EncoderConfig
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
-from peers import MiniAPT, MiniReplay
+sys.path.append(str(Path(__file__).parents[1]))
+from bench.peers import MiniAPT, MiniReplay
 
 CONV, B, ACTIONS, K = ((8, 8, 4), (8, 4, 2)), 8, 3, 5
 

@@ -6,7 +6,6 @@ Shifts work on uint8 and move whole pixels, so they lose nothing. The pass that 
 import dataclasses
 import functools
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,25 +26,48 @@ class AugmentConfig:
         check_limits(self, shift=">= 0", intensity="0..0.5", jitter="0..1", jitter_hue="0..0.5", jitter_probability="0..1")
 
 
-def random_shift(images: Tensor, pad: int, *, copies: int = 1, generator: torch.Generator | None = None) -> Tensor:
+def random_shift(
+    images: Tensor,
+    pad: int,
+    *,
+    copies: int = 1,
+    generator: torch.Generator | None = None,
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> Tensor:
     """Each image moved by its own whole number of pixels, -pad..pad on each axis, uniformly; the edge is replicated.
 
     images: (B, C, H, W) of any dtype, on any device.
-    Returns (copies * B, C, H, W): `copies` independent shifts, row m * B + b from image b.
+    Returns (copies * B, C, H, W): `copies` independent shifts, row m * B + b from image b. On a CPU they lie in memory_format.
     """
     B, C, H, W = images.shape
     offset = torch.randint(0, 2 * pad + 1, (2, copies * B), generator=generator, device=images.device)
     if images.device.type == "cpu":  # slices of a padded copy: 12x faster than the gather below on a CPU
-        source = np.pad(images.numpy(), ((0, 0), (0, 0), (pad, pad), (pad, pad)), mode="edge") if pad else images.numpy()
-        shifted = np.empty((copies * B, C, H, W), source.dtype)
+        source = padded(images, pad, memory_format).numpy()
+        shifted = torch.empty((copies * B, C, H, W), dtype=images.dtype, memory_format=memory_format)
+        rows = shifted.numpy()
         for row, (y, x) in enumerate(offset.T.tolist()):
-            shifted[row] = source[row % B, :, y : y + H, x : x + W]
-        return torch.from_numpy(shifted)
+            rows[row] = source[row % B, :, y : y + H, x : x + W]
+        return shifted
     y = (torch.arange(H, device=images.device) + offset[0, :, None] - pad).clamp_(0, H - 1)  # (copies * B, H)
     x = (torch.arange(W, device=images.device) + offset[1, :, None] - pad).clamp_(0, W - 1)
     b = torch.arange(B, device=images.device).repeat(copies)
     c = torch.arange(C, device=images.device)
     return images[b[:, None, None, None], c[None, :, None, None], y[:, None, :, None], x[:, None, None, :]]
+
+
+def padded(images: Tensor, pad: int, memory_format: torch.memory_format) -> Tensor:
+    """(B, C, H, W) on the CPU -> (B, C, H + 2 pad, W + 2 pad) in memory_format, the edge replicated."""
+    B, C, H, W = images.shape
+    out = torch.empty((B, C, H + 2 * pad, W + 2 * pad), dtype=images.dtype, memory_format=memory_format)
+    target, source = out.numpy(), images.numpy()
+    for c in range(C):  # plane by plane: twice as fast into interleaved channels as one copy of all
+        target[:, c, pad : pad + H, pad : pad + W] = source[:, c]
+    if pad:
+        target[..., pad : pad + H, :pad] = target[..., pad : pad + H, pad : pad + 1]
+        target[..., pad : pad + H, -pad:] = target[..., pad : pad + H, -pad - 1 : -pad]
+        target[..., :pad, :] = target[..., pad : pad + 1, :]
+        target[..., -pad:, :] = target[..., -pad - 1 : -pad, :]
+    return out
 
 
 def intensity_factors(n: int, scale: float, *, generator: torch.Generator | None = None, device: torch.device | str = "cpu") -> Tensor:
@@ -99,7 +121,7 @@ class Augment:
     def __call__(self, images: Tensor, copies: int, dtype: torch.dtype, memory_format: torch.memory_format) -> Tensor:
         """images: (B, C, H, W) uint8. Returns (copies * B, C, H, W): view m of image b in row m * B + b."""
         config = self.config
-        shifted = random_shift(images, config.shift, copies=copies, generator=self.generator)
+        shifted = random_shift(images, config.shift, copies=copies, generator=self.generator, memory_format=memory_format)
         if self.rgb:
             views = to_float(shifted, dtype, memory_format)
             return color_jitter(views, config.jitter, config.jitter_hue, config.jitter_probability, generator=self.generator)

@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from urlfast import RunningNormalizer, knn, knn_reward
+from urlfast import RunningNormalizer, knn
 from urlfast.limits import check_limits
 
 
@@ -38,26 +38,22 @@ class ParticleReward:
 
     def __call__(self, z: Tensor, *, update: bool = True) -> Tensor:
         """z: (B, d) float32. Returns (B,), without gradient. update: the running statistic takes this batch in first."""
-        config = self.config
-        of_distances = self.normalizer if config.scale.startswith("distance") else None
-        reward = knn_reward(
-            z.detach(),
-            config.k,
-            reduction="kth" if config.neighbours == "kth" else "mean",
-            c=config.c,
-            normalizer=of_distances,
-            update_normalizer=update,
-        )
-        if config.scale == "reward-mean":
-            if update:
-                self.normalizer.update(reward)
-            reward = self.normalizer.normalize(reward)
-        return reward
+        return self.with_distance(z, update=update)[0]
 
-    def distance(self, z: Tensor) -> Tensor:
-        """(B,): what the reward is made of, in the units of z: the mean over the k neighbours, or the k-th."""
-        distances, _ = knn(z.detach(), k=self.config.k)
-        return distances.mean(-1) if self.config.neighbours == "mean" else distances[:, -1]
+    def with_distance(self, z: Tensor, *, update: bool = True) -> tuple[Tensor, Tensor]:
+        """(reward, distance), each (B,): distance is what the reward is made of, in the units of z; one search gives both."""
+        config = self.config
+        distances, _ = knn(z.detach(), k=config.k)  # (B, k)
+        if config.neighbours == "kth":
+            distances = distances[:, -1:].contiguous()  # the statistic sees no other
+        scaled = self._divided(distances, update) if config.scale.startswith("distance") else distances
+        reward = torch.log(config.c + scaled.mean(-1))
+        if config.scale == "reward-mean":
+            reward = self._divided(reward, update)
+        return reward, distances.mean(-1)
+
+    def _divided(self, x: Tensor, update: bool) -> Tensor:
+        return self.normalizer(x) if update else self.normalizer.normalize(x)
 
     def state_dict(self) -> dict:
         return self.normalizer.state_dict() if self.normalizer else {}

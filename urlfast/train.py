@@ -19,6 +19,7 @@ import torch
 import tyro
 
 from urlfast.checkpoint import Checkpoints, read_latest
+from urlfast.device import keep_freed_memory
 from urlfast.envs.atari import AtariConfig, make_atari, rom_id
 from urlfast.methods.apt import APT, APTConfig
 from urlfast.methods.task import Task, TaskConfig
@@ -83,6 +84,7 @@ class Counters:
 
 def train(run: Run, config: TrainConfig, method, env, replay, counters: Counters, checkpoints: Checkpoints) -> str | None:
     """Trains until `config.steps` or a signal, whose name is returned. Either way the last thing it writes is a checkpoint."""
+    keep_freed_memory()
     began, window = time.monotonic() - counters.seconds, Window(counters)
     with Stop() as stop, Metrics(run.folder, counters.steps) as metrics, Progress(config.steps, method.config.learning_start) as progress:
 

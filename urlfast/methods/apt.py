@@ -174,7 +174,7 @@ class APT:
         # Reward: eq. 5 on the next observation, under the new encoder.
         z, z_target = agent.target_views(next_observation, c.target_views)  # K of (B, d)
         pool = torch.cat(z) if c.pool == "views" else z[0]
-        particles = self.reward(pool)
+        particles, distance = self.reward.with_distance(pool)
         reward = particles.view(-1, len(action)).mean(0)  # y averages over the views, and so over their rewards
 
         # Q: no view asks for a gradient, because the encoder learns from the contrastive loss alone.
@@ -186,7 +186,7 @@ class APT:
             "contrastive_loss": contrastive_loss.detach(),
             "contrastive_accuracy": accuracy,
             "intrinsic_reward": particles.mean(),
-            "knn_distance": self.reward.distance(pool).mean(),
+            "knn_distance": distance.mean(),
             "intrinsic_reward_quantiles": torch.quantile(particles, self.quantiles),
         }
 
