@@ -75,7 +75,7 @@ def write(path: Path, found: dict) -> None:
 
 def table(found: dict) -> Table:
     """One row a case: our time, the peers' by how many times longer they take, the fraction of the floor, and what was asked."""
-    load = f", {found['load']:.1f} of them busy before" if found["load"] > 0.5 else ""
+    load = f", shared (load {found['load']:.1f})" if found["load"] > 0.5 else ""
     title = f"{found['processor']}, {found['cores']} cores{load}, {found['isa']}, {found['date'][:10]}"
     out = Table(title=title + (", --quick" if found["quick"] else ""), title_style="bold", pad_edge=False)
     for name, options in {
@@ -106,7 +106,7 @@ def table(found: dict) -> Table:
             )
         for (_, threads), mean in ((key, mean) for key, mean in means.items() if key[0] == piece):
             wanted = found["mean_targets"].get(piece)
-            asked = coloured(f"{results.times(mean)} of {results.times(wanted)}", mean >= wanted) if wanted else ""
+            asked = coloured(f"{results.times(mean)} (target {results.times(wanted)})", mean >= wanted) if wanted else ""
             out.add_row("", "[i]geometric mean[/]", str(threads), "", f"[i]the fastest {results.times(mean)}[/]", "", asked)
         out.add_section()
     return out
@@ -136,7 +136,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", type=names, default=pieces(), metavar="PIECE,...", help=f"of {', '.join(pieces())}")
     parser.add_argument("--threads", type=counts, default=[1, 2], metavar="N,...", help="threads of every contestant (1,2)")
     parser.add_argument("--quick", action="store_true", help="few turns, and no contestant that is slow to get ready: to see that it works")
-    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: CPU time of the busiest thread, for a machine that is shared")
+    parser.add_argument(
+        "--clock",
+        choices=CLOCKS,
+        default="wall",
+        help="cpu: CPU time of the busiest thread, for one thread on a shared machine (of several, those that wait may spin)",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="where the figures go; a whole run's go to bench/results/")
     options = parser.parse_args(argv)
 
@@ -158,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for threads in options.threads:
             found["peaks"][str(threads)] = peaks(threads, quick=options.quick, clock=options.clock)
         for piece in options.only:
-            for case in (case for threads in options.threads for case in cases_of(piece, threads)):
+            for case in cases_of(piece, options.threads):
                 status.update(escape(str(case)))
                 try:
                     found["cases"].append(run(case, found["peaks"][str(case.threads)], quick=options.quick, clock=options.clock))

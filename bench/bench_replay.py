@@ -77,31 +77,42 @@ def check_runs(results):
 # Sequences: 64 of 120 rows, 40 of them burn-in, with stacks of 4 and a recurrent state -------------------------------------------
 
 
-def ours_sequences(frames):
+def ours_prioritised():
     options = dict(sequence_length=LENGTH, stride=STRIDE, burn_in=40, priority_exponent=0.9, importance_exponent=0.6)
-    replay = replay_of(frames, **options)
-    return lambda: replay.sample(SEQUENCES).frames["observation"][:, :, 0]
+    return replay_of(stored_frames(), **options)
 
 
-def cpprb_sequences(frames):
+def cpprb_prioritised():
     """A sequence is an item, overlaps stored again."""
     starts = [(s, t) for s in range(STREAMS) for t in range(0, ROWS - RUN, STRIDE)]
     fields = {"obs": {"shape": (RUN, 84, 84), "dtype": np.uint8}, "state": {"shape": (2, 512)}}
     buffer = cpprb.PrioritizedReplayBuffer(len(starts), fields, alpha=0.9)
     for s, t in starts:
-        buffer.add(obs=frames[s, t : t + RUN], state=np.zeros((2, 512), np.float32))
-    return lambda: buffer.sample(SEQUENCES)["obs"]
+        buffer.add(obs=stored_frames()[s, t : t + RUN], state=np.zeros((2, 512), np.float32))
+    return buffer
 
 
-def torchrl_sequences(frames):
+def torchrl_slices():
     """Its faster sampler: without priorities, and told that the buffer stands still."""
     sampler = torchrl.SliceSampler(slice_len=RUN, traj_key="episode", cache_values=True)
     storage = torchrl.LazyTensorStorage(STREAMS * ROWS)
     buffer = torchrl.TensorDictReplayBuffer(storage=storage, sampler=sampler, batch_size=SEQUENCES * RUN)
     episode = torch.arange(STREAMS).repeat_interleave(ROWS)
-    frames = torch.from_numpy(frames.reshape(-1, 84, 84))
+    frames = torch.from_numpy(stored_frames().reshape(-1, 84, 84))
     buffer.extend(tensordict.TensorDict({"frame": frames, "episode": episode}, batch_size=[STREAMS * ROWS]))
-    return lambda: buffer.sample()["frame"].view(SEQUENCES, RUN, 84, 84)
+    return buffer
+
+
+def sequence_buffers():
+    return stored_frames(), ours_prioritised(), cpprb and cpprb_prioritised(), torchrl and torchrl_slices()
+
+
+def kept(fill, memory={}):  # noqa: B006
+    """What `fill` made the last time, unless another was asked for in between: all of them at once do not fit everywhere."""
+    if fill not in memory:
+        memory.clear()
+        memory[fill] = fill()
+    return memory[fill]
 
 
 def random_starts(rng, count, run):
@@ -112,7 +123,7 @@ def random_starts(rng, count, run):
 def numpy_runs(count, run):
     """Uniform draws, frames taken into an array that is reused."""
 
-    def make(frames):
+    def make(frames, *_):
         rng, flat, out = np.random.default_rng(0), frames.reshape(-1, 84, 84), np.empty((count * run, 84, 84), np.uint8)
 
         def call():
@@ -126,7 +137,7 @@ def numpy_runs(count, run):
 
 
 def torch_runs(count, run):
-    def make(frames):
+    def make(frames, *_):
         rng, flat = np.random.default_rng(0), torch.from_numpy(frames.reshape(-1, 84, 84))
         out = torch.empty((count * run, 84, 84), dtype=torch.uint8)
 
@@ -143,7 +154,7 @@ def torch_runs(count, run):
 def copies(count, run, threads):
     """The floor: `count` runs of `run` frames."""
 
-    def make(frames):
+    def make(frames, *_):
         rng, size = np.random.default_rng(0), 84 * 84
         starts = [random_starts(rng, count, run) * size for _ in range(max(4, 20_000 // (count * run)))]
         return gathers(frames, np.empty(count * run * size, np.uint8), starts, run * size, threads)
@@ -156,11 +167,11 @@ def sequences(threads):
         "replay",
         "64 sequences of 120, stack 4",
         threads,
-        lambda: (stored_frames(),),
+        partial(kept, sequence_buffers),
         {
-            "urlfast": ours_sequences,
-            "cpprb": cpprb and cpprb_sequences,
-            "torchrl": torchrl and torchrl_sequences,
+            "urlfast": lambda *buffers: lambda: buffers[1].sample(SEQUENCES).frames["observation"][:, :, 0],
+            "cpprb": cpprb and (lambda *buffers: lambda: buffers[2].sample(SEQUENCES)["obs"]),
+            "torchrl": torchrl and (lambda *buffers: lambda: buffers[3].sample()["frame"].view(SEQUENCES, RUN, 84, 84)),
             "NumPy": numpy_runs(SEQUENCES, RUN),
             "torch": torch_runs(SEQUENCES, RUN),
         },
@@ -201,14 +212,6 @@ def sb3_stacks(streams=STREAMS, rows=ROWS):
         buffer.observations[:, s] = stacks(stored_frames()[s, :rows])
     buffer.full = True
     return buffer
-
-
-def kept(fill, memory={}):  # noqa: B006
-    """What `fill` made the last time, unless another was asked for in between: two such stores do not fit everywhere."""
-    if fill not in memory:
-        memory.clear()
-        memory[fill] = fill()
-    return memory[fill]
 
 
 def n_step_buffers():
@@ -255,7 +258,7 @@ def transitions(threads, batch):
         partial(kept, n_step_buffers),
         {"urlfast": urlfast, "cpprb": cpprb and cpprb_, "Stable-Baselines3": sb3 and sb3_, "NumPy": numpy},
         check_transitions,
-        floor=lambda frames, *_: copies(2 * batch, STACK, threads)(frames),
+        floor=copies(2 * batch, STACK, threads),
         targets={"cpprb": 1.0 if batch == 32 else 2.0} if threads == 2 else {},
     )
 

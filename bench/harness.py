@@ -12,7 +12,7 @@ import gc
 import importlib
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,11 @@ class Case:
     slow: tuple[str, ...] = ()
     processes: bool = False
 
+    def __post_init__(self):
+        known = {*self.contestants, "fastest", "at most", *(["floor"] if self.floor else [])}
+        if unknown := set(self.targets) - known:
+            raise ValueError(f"{self}: targets must name a contestant, 'fastest', 'at most' or its floor, got {sorted(unknown)}")
+
     def __str__(self):
         return f"{self.piece} {self.shape} x{self.threads}"
 
@@ -106,8 +111,12 @@ def pieces() -> list[str]:
     return sorted(path.stem.removeprefix("bench_") for path in Path(__file__).parent.glob("bench_*.py"))
 
 
-def cases_of(piece: str, threads: int) -> list[Case]:
-    return importlib.import_module(f"bench.bench_{piece}").cases(threads)
+def cases_of(piece: str, threads: Iterable[int]) -> list[Case]:
+    """The piece's cases on so many threads each, those of one shape side by side."""
+    module = importlib.import_module(f"bench.bench_{piece}")
+    cases = [case for count in threads for case in module.cases(count)]
+    shapes = list(dict.fromkeys(case.shape for case in cases))
+    return sorted(cases, key=lambda case: shapes.index(case.shape))
 
 
 # Equal threads and clocks ------------------------------------------------------------------------------------------------------
@@ -179,7 +188,7 @@ def prepare(case: Case, quick: bool = False) -> tuple[dict[str, Call], list[str]
         raise AssertionError(f"{case}: {error}") from error
     if callable(case.floor) and (floor := case.floor(*inputs)):
         calls[FLOOR] = floor
-    return calls, [name for name in case.contestants if name not in makes]
+    return calls, [name for name, make in case.contestants.items() if make is None]
 
 
 def in_turns(calls: dict[str, Call], seconds: float, rounds: int, clock: str, pause: float = 0.0) -> dict[str, list[float]]:

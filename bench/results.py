@@ -32,18 +32,18 @@ def of_floor(case: dict) -> float | None:
 
 
 def verdicts(case: dict) -> list[tuple[str, bool | None]]:
-    """Each target as [(what was asked and reached, met)]; met is None where the peer was not there to compare with."""
+    """Each target as (what was reached and asked for, met); met is None where the peer was not there to compare with."""
     return [_verdict(case, name, wanted) for name, wanted in case["targets"].items()]
 
 
 def _verdict(case, name, wanted):
     if name == "at most":
-        return f"{amount(ours(case), case['unit'])} of {amount(wanted, case['unit'])}", ours(case) <= wanted
+        return f"{amount(ours(case), case['unit'])} (at most {amount(wanted, case['unit'])})", ours(case) <= wanted
     reached = {"floor": of_floor(case), "fastest": fastest(case), **ratios(case)}.get(name)
     shown = (lambda r: f"{r:.0%}") if name == "floor" else times
     if reached is None:
-        return f"{name} {shown(wanted)}: not measured", None
-    return f"{name} {shown(reached)} of {shown(wanted)}", reached >= wanted
+        return f"{name} not measured (target {shown(wanted)})", None
+    return f"{name} {shown(reached)} (target {shown(wanted)})", reached >= wanted
 
 
 def means(cases: Iterable[dict]) -> dict[tuple[str, int], float]:
@@ -63,5 +63,5 @@ def times(ratio: float) -> str:
 def amount(value: float, unit: str) -> str:
     """0.00123 -> '1.23 ms'; 7061 bytes -> '7.06 kB'."""
     units = ((1.0, "s"), (1e-3, "ms"), (1e-6, "us")) if unit == "s" else ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B"))
-    size, name = next(((size, name) for size, name in units if value >= size), units[-1])
+    size, name = next(((size, name) for size, name in units if value >= 0.9995 * size), units[-1])
     return f"{value / size:.3g} {name}" if value / size < 1000 else f"{value / size:.0f} {name}"

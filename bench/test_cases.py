@@ -6,7 +6,7 @@ import pytest
 
 from bench.harness import FLOOR, cases_of, equal_threads, pieces, prepare
 
-CASES = [case for piece in pieces() for threads in (1, 2) for case in cases_of(piece, threads)]
+CASES = [case for piece in pieces() for case in cases_of(piece, (1, 2))]
 TURNS = [(case, name) for case in CASES for name in [*case.contestants, *([FLOOR] if callable(case.floor) else [])]]
 
 
