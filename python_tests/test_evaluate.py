@@ -9,7 +9,7 @@ import toy_run
 
 from urlfast import evaluate
 from urlfast.envs import Episodes
-from urlfast.evaluate import EvaluateConfig, fingerprints, play, states_at, thinned, uniform
+from urlfast.evaluate import EvaluateConfig, count_at, fingerprints, play, thinned, uniform
 from urlfast.run import UserError
 
 
@@ -67,11 +67,24 @@ def test_only_the_first_episode_of_the_first_environment_is_watched():
 
 
 def test_states_are_counted_at_the_same_frames():
-    played = SimpleNamespace(coverage=[(0, 1), (100, 11), (200, 13)])
-    assert states_at(played, 99) == 1 and states_at(played, 100) == 11 and states_at(played, 1000) == 13  # counts, never between two
-    assert states_at(SimpleNamespace(coverage=[]), 50) is None
+    seen = [(0, 1), (100, 11), (200, 13)]
+    assert count_at(seen, 99) == 1 and count_at(seen, 100) == 11 and count_at(seen, 1000) == 13  # counts, never between two
+    assert count_at([], 50) is None
     curve = [(i, i) for i in range(12_345)]
     assert len(thinned(curve)) <= 501 and thinned(curve)[0] == (0, 0) and thinned(curve)[-1] == curve[-1]
+
+
+def test_places_are_told_apart_by_their_bytes_alone():
+    class Clock(Lengths):
+        def ram(self):  # byte 0 is a timer, byte 5 the place
+            ram = np.zeros((self.num_envs, 128), np.uint8)
+            self.time = getattr(self, "time", 0) + 1
+            ram[:, 0], ram[:, 5] = self.time, self.at // 2
+            return ram
+
+    played = play(Clock(3), still, 12, seed=0, place=(5,))
+    assert played.places[-1] == (played.frames, 3) and played.coverage[-1][1] > 12  # 0..4 actions into an episode are places 0, 1, 2
+    assert play(Clock(3), still, 12, seed=0).places == []
 
 
 def test_fingerprints_tell_single_bits_apart():
@@ -88,8 +101,8 @@ def test_the_random_policy_is_uniform():
 
 def test_results(run, capsys):
     """Greedy, the toy takes action 1, which pays 3, five times: 15 an episode, and 7.5 at random."""
-    options = EvaluateConfig(run.folder.as_posix(), episodes=40, num_envs=4, epsilon=0.0)
-    assert evaluate.evaluate(options) == 0
+    options = EvaluateConfig((run.folder.as_posix(),), episodes=40, num_envs=4, epsilon=0.0)
+    evaluate.evaluate(options)
     out = capsys.readouterr().out
     results = json.loads((run.folder / "results.json").read_text())
     agent, random = results["evaluations"]
@@ -112,19 +125,30 @@ def test_results(run, capsys):
     assert [round(frame.to_ndarray(format="rgb24").mean(), -1) for frame in frames] == [0, 10, 20, 30, 40]
 
 
-def test_a_second_evaluation_replaces_its_own_and_keeps_the_others(run):
-    for checkpoint, seed in (("40", 3), ("latest", 4), ("latest", 5)):
-        options = EvaluateConfig(run.folder.as_posix(), episodes=2, num_envs=2, checkpoint=checkpoint, seed=seed, video=False)
-        assert evaluate.evaluate(options) == 0
-    found = json.loads((run.folder / "results.json").read_text())["evaluations"]
-    assert {(entry["step"], entry["protocol"]["seed"], entry["protocol"]["num_envs"]) for entry in found} == {(40, 3, 2), (80, 5, 2)}
-    assert sorted((entry["policy"], entry["step"]) for entry in found) == [("agent", 40), ("agent", 80), ("random", 40), ("random", 80)]
+def test_an_evaluation_by_the_same_protocol_is_replaced_and_others_are_kept(run):
+    def found():
+        entries = json.loads((run.folder / "results.json").read_text())["evaluations"]
+        assert [entry["policy"] for entry in entries] == ["agent", "random"] * (len(entries) // 2)
+        return [(entry["step"], entry["protocol"]["seed"], entry["protocol"]["num_envs"]) for entry in entries[::2]]
+
+    before = found()
+    for checkpoint, seed in (("40", 3), ("latest", 4), ("latest", 5), ("latest", 4)):
+        options = EvaluateConfig((run.folder.as_posix(),), episodes=2, num_envs=2, checkpoint=checkpoint, seed=seed, video=False)
+        evaluate.evaluate(options)
+    assert found() == [*before, (40, 3, 2), (80, 5, 2), (80, 4, 2)]
+
+
+def test_several_runs_are_evaluated_in_turn_and_none_is_refused(run):
+    with pytest.raises(UserError, match="no run 'absent'"):
+        evaluate.evaluate(EvaluateConfig((run.folder.as_posix(), "absent")))
+    with pytest.raises(UserError, match="name at least one run"):
+        evaluate.evaluate(EvaluateConfig(()))
 
 
 def test_one_episode_has_no_error_and_one_process_evaluates_at_a_time(run, capsys):
-    options = EvaluateConfig(run.folder.as_posix(), episodes=1, epsilon=0.0, video=False)
+    options = EvaluateConfig((run.folder.as_posix(),), episodes=1, epsilon=0.0, video=False)
     with run.locked():  # while it trains
-        assert evaluate.evaluate(options) == 0
+        evaluate.evaluate(options)
     out = capsys.readouterr().out
     assert "15.0 ± n/a" in out and "nan" not in out
     agent = json.loads((run.folder / "results.json").read_text())["evaluations"][-2]
@@ -141,4 +165,4 @@ def test_epsilon_is_the_share_of_random_actions():
 
 def test_an_unknown_checkpoint_lists_those_there_are(run):
     with pytest.raises(UserError, match="none of step 41, did you mean '40'"):
-        evaluate.evaluate(EvaluateConfig(run.folder.as_posix(), checkpoint="41"))
+        evaluate.evaluate(EvaluateConfig((run.folder.as_posix(),), checkpoint="41"))

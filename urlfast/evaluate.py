@@ -1,12 +1,14 @@
 """`urlfast evaluate RUN`: the score of a run's policy by the protocol of its game, what it covers, and a random policy beside it.
 
 A lost life never ends an evaluation episode, rewards are not clipped, and each environment plays a fixed share of the episodes: taking
-those that finish first would favour the short ones. Coverage is the number of distinct 128-byte RAM contents seen at agent steps.
+those that finish first would favour the short ones. Coverage is the number of distinct 128-byte RAM contents seen at agent steps, and,
+where it is known which bytes hold the player's room and position, of distinct places: timers make most contents new, places they do not.
 
-results.json: method, game, seed, and `evaluations`, each of one policy at one number of training frames:
+results.json: method, game, seed, and `evaluations`, each of one policy at one number of training frames by one protocol:
 
     policy "agent" | "random"   step, frames (of training)   returns [...], lengths [...] (one an episode)   mean, human_normalised
     coverage [[frames played, distinct states], ...]         unique_states within frames_of_unique_states, which both policies reached
+    places   [[frames played, distinct places], ...]         unique_places likewise; null where the bytes are not known
     protocol {epsilon, episodes, num_envs, seed, ...}        versions, hardware: by which, and with what, it was played
 """
 
@@ -28,15 +30,22 @@ import tyro
 from urlfast import stats
 from urlfast.checkpoint import read_at, read_latest
 from urlfast.info import hardware
-from urlfast.run import Run, command, versions, write_json
+from urlfast.run import Run, UsageError, command, versions, write_json
 from urlfast.train import DOMAINS, load, make_method, refusals
 
 VIDEO_SECONDS = 120
+PLACE = {  # bytes of the RAM that say where the player is: room, x, y, as far as known (Anand et al. 2019, AtariARI)
+    "hero": (28,),
+    "montezuma_revenge": (3, 42, 43),
+    "ms_pacman": (10, 16),
+    "private_eye": (92,),
+    "venture": (90,),
+}
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]  # a run's folder, or its name under runs/
+    runs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN [RUN ...]")]  # folders, or names under runs/
     episodes: int = 100  # of each policy, shared out evenly among the environments
     epsilon: float = 0.001  # probability of a random action; DrQ published 0.05
     num_envs: int = 8  # environments that play in parallel
@@ -63,16 +72,20 @@ class Played:
     returns: list[float] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     coverage: list[tuple[int, int]] = field(default_factory=list)  # frames played, distinct states so far: after every step
+    places: list[tuple[int, int]] = field(default_factory=list)  # the same of places
     frames: int = 0
     seconds: float = 0.0
 
 
-def play(env, policy: Callable, episodes: int, seed: int, *, frames: int = 0, watch: Callable | None = None) -> Played:
+def play(
+    env, policy: Callable, episodes: int, seed: int, *, frames: int = 0, place: tuple[int, ...] = (), watch: Callable | None = None
+) -> Played:
     """Plays `episodes`, a fixed share in each environment, and then on, for coverage alone, until `frames` frames were played.
 
-    policy: Step -> actions. watch: called before each action of the first episode of environment 0.
+    policy: Step -> actions. place: the RAM's bytes that tell places apart.
+    watch: called before each action of the first episode of environment 0.
     """
-    began, played, seen = time.monotonic(), Played(), set()
+    began, played, seen, places = time.monotonic(), Played(), set(), set()
     share = np.array([len(part) for part in np.array_split(np.arange(episodes), env.num_envs)])
     finished = np.zeros(env.num_envs, np.int64)
     step = env.reset(seed)
@@ -84,6 +97,9 @@ def play(env, policy: Callable, episodes: int, seed: int, *, frames: int = 0, wa
         if step.ram is not None:
             seen.update(fingerprints(step.ram[active]))
             played.coverage.append((played.frames, len(seen)))
+            if place:
+                places.update(map(bytes, step.ram[active][:, place]))
+                played.places.append((played.frames, len(places)))
         if not counted.any() and played.frames >= frames:
             break
         after = env.step(policy(step))
@@ -159,17 +175,20 @@ class Video:
 FORCED = {"life_loss_terminal": False, "backend": "processes"}  # whatever the run's options say, when environments are made for evaluation
 
 
-def evaluate(options: EvaluateConfig) -> int:
-    run = Run.find(options.run)
-    with run.locked(".evaluate.lock"):  # a run may be evaluated while it trains, but by one process at a time
-        return measure(run, options)
+def evaluate(options: EvaluateConfig) -> None:
+    if not options.runs:
+        raise UsageError("RUN: name at least one run's folder")
+    for run in [Run.find(name) for name in options.runs]:
+        with run.locked(".evaluate.lock"):  # a run may be evaluated while it trains, but by one process at a time
+            measure(run, options)
 
 
-def measure(run: Run, options: EvaluateConfig) -> int:
+def measure(run: Run, options: EvaluateConfig) -> None:
     saved = run.config
     method, domain, config = load(saved)
     checkpoint = read_latest(run.folder) if options.checkpoint == "latest" else read_at(run.folder, options.checkpoint)
     game = config.env.game
+    place = PLACE.get(game, ())
     with refusals():
         env = DOMAINS[domain](config.env, num_envs=min(options.num_envs, options.episodes), evaluation=True, seed=options.seed)
     with closing(env):
@@ -183,8 +202,8 @@ def measure(run: Run, options: EvaluateConfig) -> int:
             if options.video
             else nullcontext() as video
         ):
-            mine = play(env, policy, options.episodes, options.seed, watch=video and video.watch)
-        theirs = play(env, uniform(env.num_actions, random), options.episodes, options.seed, frames=mine.frames)
+            mine = play(env, policy, options.episodes, options.seed, place=place, watch=video and video.watch)
+        theirs = play(env, uniform(env.num_actions, random), options.episodes, options.seed, place=place, frames=mine.frames)
     equal = min(mine.frames, theirs.frames)
     protocol = asdict(config.env) | FORCED | {"num_envs": env.num_envs, "episodes": options.episodes, "seed": options.seed}
     entries = [
@@ -197,12 +216,14 @@ def measure(run: Run, options: EvaluateConfig) -> int:
             "hardware": hardware(),
             "mean": float(np.mean(played.returns)),
             "human_normalised": human_normalised(game, played),
-            "unique_states": states_at(played, equal),
+            "unique_states": count_at(played.coverage, equal),
+            "unique_places": count_at(played.places, equal),
             "frames_of_unique_states": equal,
             "frames_played": played.frames,
             "returns": played.returns,
             "lengths": played.lengths,
             "coverage": thinned(played.coverage),
+            "places": thinned(played.places),
             "seconds": played.seconds,
         }
         for name, epsilon, played in (("agent", options.epsilon, mine), ("random", 1.0, theirs))
@@ -210,7 +231,6 @@ def measure(run: Run, options: EvaluateConfig) -> int:
     write_results(run, saved, config, entries)
     print(table(entries))
     print(f"{run.folder}/results.json" + (f", {video.path}" if video else ""))
-    return 0
 
 
 def human_normalised(game: str, played: Played) -> float | None:
@@ -218,32 +238,36 @@ def human_normalised(game: str, played: Played) -> float | None:
     return float(stats.human_normalised_score(game, np.mean(played.returns))) if game in stats.ATARI_SCORES else None
 
 
-def states_at(played: Played, frames: int) -> int | None:
-    """Counted after the last step of all environments that ends within `frames`; None where there is no RAM."""
-    return max((states for at, states in played.coverage if at <= frames), default=None)
+def count_at(curve: list[tuple[int, int]], frames: int) -> int | None:
+    """Counted after the last step of all environments that ends within `frames`; None where nothing was counted."""
+    return max((count for at, count in curve if at <= frames), default=None)
 
 
 def write_results(run: Run, saved: dict, config, entries: list[dict]) -> None:
-    """results.json keeps earlier evaluations, but for those of the same policy at the same step."""
+    """results.json keeps earlier evaluations, but for those of the same policy at the same step by the same protocol."""
     path = run.folder / "results.json"
     try:
         before = json.loads(path.read_text())["evaluations"] if path.exists() else []
     except (ValueError, KeyError, TypeError):
         before = []  # damaged: written anew
-    new = {(entry["policy"], entry["step"]) for entry in entries}
+
+    def key(entry: dict) -> tuple:
+        return entry.get("policy"), entry.get("step"), json.dumps(entry.get("protocol"), sort_keys=True)
+
+    new = {key(entry) for entry in json.loads(json.dumps(entries))}
     results = {key: saved.get(key) for key in ("method", "domain", "preset", "transfer") if key in saved}
     results |= {
         "game": config.env.game,
         "seed": config.seed,
-        "evaluations": [entry for entry in before if (entry.get("policy"), entry.get("step")) not in new] + entries,
+        "evaluations": [entry for entry in before if key(entry) not in new] + entries,
     }
     write_json(path, results)
 
 
 def table(entries: list[dict]) -> str:
-    rows = [("policy", "score", "median", "human-normalised", "unique states", "steps an episode")]
+    rows = [("policy", "score", "median", "human-normalised", "unique states", "places", "steps an episode")]
     for entry in entries:
-        hns, states = entry["human_normalised"], entry["unique_states"]
+        hns, states, places = entry["human_normalised"], entry["unique_states"], entry["unique_places"]
         several = len(entry["returns"]) > 1
         error = f"{np.std(entry['returns'], ddof=1) / len(entry['returns']) ** 0.5:.1f}" if several else "n/a"
         rows.append(
@@ -253,6 +277,7 @@ def table(entries: list[dict]) -> str:
                 f"{np.median(entry['returns']):,.1f}",
                 "n/a" if hns is None else f"{100 * hns:.1f} %",
                 "n/a" if states is None else f"{states:,}",
+                "n/a" if places is None else f"{places:,}",
                 f"{np.mean(entry['lengths']):,.0f}",
             )
         )
@@ -263,14 +288,15 @@ def table(entries: list[dict]) -> str:
     ]
     episodes, frames = len(entries[0]["returns"]), entries[0]["frames_of_unique_states"]
     note = (
-        f"score: mean of {episodes} episodes ± its standard error, unclipped; states: distinct RAM contents in the first {frames:,} frames"
+        f"score: mean of {episodes} episodes ± its standard error, unclipped\n"
+        f"states: distinct RAM contents in the first {frames:,} frames, timers included; places: distinct rooms and positions of the player"
     )
     return "\n".join([*lines, note])
 
 
-def run_evaluate(argv: list[str]) -> int:
+def run_evaluate(argv: list[str]) -> None:
     description = "Plays a run's policy by the protocol of its game, and a random policy beside it."
-    return evaluate(tyro.cli(EvaluateConfig, args=argv, prog="urlfast evaluate", description=description))
+    evaluate(tyro.cli(EvaluateConfig, args=argv, prog="urlfast evaluate", description=description))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
