@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import OTHER_ISAS, rerun_under
 
-FILES = ["test_normalizer.py", "test_latent.py", "test_ema.py"]
+FILES = ["test_normalizer.py", "test_latent.py", "test_ema.py", "test_replay.py::test_long_rows_arrive_whole"]
 
 
 @pytest.mark.parametrize("isa", OTHER_ISAS)

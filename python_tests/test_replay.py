@@ -154,6 +154,35 @@ def test_stacks_are_what_the_environment_showed(mode):
         assert np.shares_memory(batch.observation, batch.frames["observation"])
 
 
+@pytest.mark.parametrize("size", [3, 400])
+@pytest.mark.parametrize("mode", [{"n_step": 3, "gamma": 0.9}, {"sequence_length": 9, "stride": 4}])
+def test_long_rows_arrive_whole(mode, size):
+    """Rows of no round length, in batches that go through the caches and (the larger one) past them."""
+    n, steps, episode, depth, frame = 2, 400, 30, 4, (1, 37, 41)
+    replay = SequenceReplay(600, {"observation": Field(frame, "uint8")}, num_streams=n, frame_stack=depth, **mode)
+    frames = np.random.default_rng(0).integers(0, 256, (n, steps, *frame), dtype=np.uint8)
+    for t in range(steps):
+        first, last = np.full(n, t % episode == 0), np.full(n, t % episode == episode - 1)
+        row = {"observation": frames[:, t], "reward": np.zeros(n, np.float32), "terminated": np.zeros(n, bool)}
+        replay.add({**row, "is_first": first, "is_last": last})
+
+    def seen(stream, begin, end):
+        """Frames begin..end-1, zeros where the episode of frame end-1 had not begun."""
+        opened = (end - 1) // episode * episode
+        return np.stack([frames[stream, t] if t >= opened else np.zeros(frame, np.uint8) for t in range(begin, end)])
+
+    batch = replay.sample(size)
+    for i, index in enumerate(batch.indices.tolist()):
+        t, stream = divmod(index, n)
+        if "n_step" in mode:
+            for array, row in ((batch.observation, t), (batch.next_observation, t + int(batch.steps[i]))):
+                np.testing.assert_array_equal(array[i], seen(stream, row + 1 - depth, row + 1)[:, 0])
+        else:
+            rows, held = int(batch.mask[i].sum()) + 1, batch.frames["observation"][i]
+            np.testing.assert_array_equal(held[: depth - 1 + rows], seen(stream, t + 1 - depth, t + rows))
+            assert not held[depth - 1 + rows :].any()
+
+
 def filled(n=2, steps=60, capacity=100, seed=0, fields=None, ends=0.1, **options):
     fields = fields or {"observation": GREY, "action": Field((), "int64")}
     options = options or {"n_step": 3, "gamma": 0.9}

@@ -11,9 +11,11 @@
 #endif
 
 #include "common/check.hpp"
+#include "common/cpu.hpp"
 #include "common/parallel.hpp"
 #include "replay/replay.hpp"
 #include "replay/replay_files.hpp"
+#include "replay/replay_isa.hpp"
 #include "replay/replay_storage.hpp"
 #include "replay/sum_tree.hpp"
 
@@ -21,33 +23,48 @@ namespace urlfast {
 namespace {
 
 constexpr int64_t kMaxSpare = 64;  // rows a stream may grow by while a batch is being read
-// Non-temporal stores: rows below 1 kB lose by them, and a batch that the caches hold is read from there (2 MB of
-// frames copied and then read once: 150 us without, 200 with; 29 MB: 4200 and 3500).
-constexpr int64_t kStreamRow = 1 << 10;
+// Rows that are worth fetching ahead; and a batch that is stored past the caches, because a smaller one is read from
+// them (2 MB of frames copied and then read once: 150 us through the caches, 200 past them; 29 MB: 4200 and 3500).
+constexpr int64_t kLongRow = 1 << 10;
 constexpr int64_t kStreamBatch = 4 << 20;
 constexpr int64_t kGrain = 1 << 17;  // bytes of a batch worth a thread
 constexpr uint64_t kPhiloxStream = uint64_t('R') << 56;
 
-// Past the caches: a batch larger than they are is not read before the next thing evicts it, and a store that bypasses
-// them saves reading the line it overwrites.
-void copy_past_caches(char* to, const char* from, size_t bytes) {
-#if defined(__SSE2__)
-  const size_t head = std::min(bytes, size_t(-reinterpret_cast<uintptr_t>(to) & 15));
-  std::memcpy(to, from, head);
-  to += head, from += head, bytes -= head;
-  for (; bytes >= 64; bytes -= 64, to += 64, from += 64) {
-    _mm_prefetch(from + 1024, _MM_HINT_NTA);
-    const auto* f = reinterpret_cast<const __m128i*>(from);
-    auto* t = reinterpret_cast<__m128i*>(to);
-    const __m128i a = _mm_loadu_si128(f), b = _mm_loadu_si128(f + 1), c = _mm_loadu_si128(f + 2),
-                  d = _mm_loadu_si128(f + 3);
-    _mm_stream_si128(t, a), _mm_stream_si128(t + 1, b), _mm_stream_si128(t + 2, c), _mm_stream_si128(t + 3, d);
-  }
+const ReplayKernels& kernels() {
+#ifdef URLFAST_X86
+  static const ReplayKernels& chosen = chosen_isa() == Isa::avx512 ? avx512::replay_kernels
+                                       : chosen_isa() == Isa::avx2 ? avx2::replay_kernels
+                                                                   : baseline::replay_kernels;
+  return chosen;
+#else
+  return baseline::replay_kernels;
 #endif
-  std::memcpy(to, from, bytes);
 }
 
-void prefetch(const char* address) {  // any address: it never faults
+// Copies of long rows, each done when the next one is known, so that it can be fetched meanwhile. Past the caches: a
+// batch larger than they are is not read before the next thing evicts it, and a store that bypasses them saves reading
+// the line it overwrites.
+class Copies {
+ public:
+  explicit Copies(bool past_caches) : past_caches_(past_caches) {}
+  void add(char* to, const char* from, int64_t bytes) {
+    finish(from);
+    to_ = to, from_ = from, bytes_ = bytes;
+  }
+  void finish(const char* next = nullptr) {
+    if (bytes_) copy_(to_, from_, bytes_, next, past_caches_);
+    bytes_ = 0;
+  }
+
+ private:
+  decltype(ReplayKernels::copy) copy_ = kernels().copy;
+  bool past_caches_;
+  char* to_ = nullptr;
+  const char* from_ = nullptr;
+  int64_t bytes_ = 0;
+};
+
+void prefetch(const void* address) {  // any address: it never faults
 #if defined(__GNUC__)
   __builtin_prefetch(address);
 #endif
@@ -107,6 +124,7 @@ Errors errors_where(const float* td, const uint8_t* mask, int64_t n) {
 }
 
 struct Item {
+  int64_t slot;
   int64_t stream, t;
   int64_t place;       // t % ring
   int64_t rows;        // of the sequence; steps of the n-step window
@@ -238,12 +256,27 @@ class ReplayCpu final : public Replay, private ReplayMemory {
                                          config_.shape.n_step ? "transition" : "sequence", " among them"));
       }
       const Philox rng{config_.seed, kPhiloxStream | counters_.draws++};
+      // In passes, so that what the next one reads of an item is on its way while the others are seen to.
+      const int upper = tree_.levels - 2;
+      walks_.resize(size_t(batch));
+      for (int64_t i = 0; i < batch; ++i) {
+        SumTree::Walk& walk = walks_[size_t(i)] = {tree_draw(rng, uint64_t(i), total)};
+        for (int level = upper; level > 0; --level) tree_.descend(walk, level);
+        const uint64_t* leaves = tree_.children(0, walk.node);
+        prefetch(leaves), prefetch(leaves + 8);
+      }
+      for (int64_t i = 0; i < batch; ++i) {
+        SumTree::Walk& walk = walks_[size_t(i)];
+        if (upper >= 0) tree_.descend(walk, 0);
+        items[size_t(i)].slot = walk.node;
+        prefetch(flags_.data() + walk.node);
+      }
       float most = 0;
       for (int64_t i = 0; i < batch; ++i) {
-        const int64_t slot = tree_.find(tree_draw(rng, uint64_t(i), total));
-        items[size_t(i)] = describe(slot);
-        const double p = double(tree_.leaf(slot)) / double(total);
-        indices[i] = items[size_t(i)].t * config_.shape.streams + items[size_t(i)].stream;
+        Item& item = items[size_t(i)];
+        describe(item);
+        const double p = double(tree_.leaf(item.slot)) / double(total);
+        indices[i] = item.t * config_.shape.streams + item.stream;
         probability[i] = float(p);
         const double w =
             config_.importance_exponent == 0 ? 1.0 : std::pow(double(items_) * p, -config_.importance_exponent);
@@ -424,9 +457,10 @@ class ReplayCpu final : public Replay, private ReplayMemory {
     items_ += int64_t(leaf != 0) - int64_t(was);
   }
 
-  Item describe(int64_t slot) const {
+  // All but item.slot, which is given.
+  void describe(Item& item) const {
     const ReplayShape& shape = config_.shape;
-    Item item{};
+    const int64_t slot = item.slot;
     item.stream = slot / shape.ring;
     item.t = index_->row_of_slot(slot);
     item.place = slot % shape.ring;
@@ -439,24 +473,19 @@ class ReplayCpu final : public Replay, private ReplayMemory {
       item.rows = sequence_rows(flags, item.t, shape.length, shape.cross_episodes);
     }
     if (any_at_starts_) item.entry = entries_.of_slot[slot] - 1;
-    for (size_t c = 0; c < columns_.size(); ++c) {  // on their way while the other items are still being drawn
-      if (config_.fields[c].at_starts) continue;
+    for (size_t c = 0; c < columns_.size(); ++c) {  // on their way while the other items are described
       const int64_t bytes = config_.fields[c].row_bytes();
+      if (config_.fields[c].at_starts || bytes >= kLongRow) continue;
       const char* row = columns_[c].data() + slot * bytes;
       prefetch(row), prefetch(row + 64);
       if (shape.n_step && int(c) == config_.observation)
         prefetch(row + item.rows * bytes), prefetch(row + item.rows * bytes + 64);
     }
-    prefetch(reinterpret_cast<const char*>(reward() + slot));
-    return item;
+    prefetch(reward() + slot);
   }
 
-  // body(slot, n) for the one or two contiguous pieces of rows [begin, end) of a stream.
-  template <class Body>
-  void runs(int64_t s, int64_t begin, int64_t end, Body&& body) const {
-    if (begin < end) pieces(s, begin % config_.shape.ring, end - begin, body);
-  }
-  // The same for `count` rows from `place`, which may lie one turn of the ring too low or too high.
+  // body(slot, n) for the one or two contiguous pieces of `count` rows from `place`, which may lie one turn of the ring
+  // too low or too high.
   template <class Body>
   void pieces(int64_t s, int64_t place, int64_t count, Body&& body) const {
     const int64_t ring = config_.shape.ring;
@@ -470,7 +499,7 @@ class ReplayCpu final : public Replay, private ReplayMemory {
   // To `to`: `zeros` rows of zeros, `count` rows of a column from `place` on, zeros again; of all that, only the rows
   // [part_begin, part_end).
   void copy_padded(char* to, size_t column, int64_t s, int64_t place, int64_t count, int64_t zeros, int64_t part_begin,
-                   int64_t part_end, bool past_caches) const {
+                   int64_t part_end, Copies& copies) const {
     const int64_t bytes = config_.fields[column].row_bytes();
     const int64_t first = std::max(part_begin, zeros), last = std::min(part_end, zeros + count);
     if (part_begin < zeros)
@@ -479,8 +508,8 @@ class ReplayCpu final : public Replay, private ReplayMemory {
     if (first < last)
       pieces(s, place + first - zeros, last - first, [&](int64_t slot, int64_t n) {
         const char* from = columns_[column].data() + slot * bytes;
-        if (past_caches)
-          copy_past_caches(next, from, size_t(n * bytes));
+        if (bytes >= kLongRow)
+          copies.add(next, from, n * bytes);
         else
           copy_small(next, from, size_t(n * bytes));
         next += n * bytes;
@@ -502,19 +531,21 @@ class ReplayCpu final : public Replay, private ReplayMemory {
     const int64_t slices = shape.n_step ? 2 : 16;
     const int64_t grain = std::max<int64_t>(1, kGrain * slices / item_bytes);
     parallel_for(batch * slices, grain, [&](int64_t begin, int64_t end) {
+      Copies copies(large);
       for (int64_t unit = begin; unit < end; ++unit) {
         const int64_t i = unit / slices, slice = unit % slices;
         if (shape.n_step)
-          gather_window(items[size_t(i)], i, slice, large, out);
+          gather_window(items[size_t(i)], i, slice, copies, out);
         else
-          gather_sequence(items[size_t(i)], i, slice, slices, large, out);
+          gather_sequence(items[size_t(i)], i, slice, slices, copies, out);
       }
+      copies.finish();
       if (large) fence();
     });
   }
 
   // slice 0: everything at t; slice 1: the observation m steps later.
-  void gather_window(const Item& item, int64_t i, int64_t slice, bool large, void* const* out) const {
+  void gather_window(const Item& item, int64_t i, int64_t slice, Copies& copies, void* const* out) const {
     const ReplayShape& shape = config_.shape;
     for (size_t c = 0; c < columns_.size(); ++c) {
       const int64_t bytes = config_.fields[c].row_bytes();
@@ -522,13 +553,12 @@ class ReplayCpu final : public Replay, private ReplayMemory {
       const int64_t frames = config_.stacked(c) ? shape.stack : 1;
       char* to = static_cast<char*>(*out++) + i * frames * bytes;
       char* next = observed ? static_cast<char*>(*out++) + i * frames * bytes : nullptr;
-      const bool past_caches = large && bytes >= kStreamRow;
       const int64_t before = frames > 1 ? item.before : 0, before_end = frames > 1 ? item.before_end : 0;
       if (slice == 0)
-        copy_padded(to, c, item.stream, item.place - before, before + 1, frames - 1 - before, 0, frames, past_caches);
+        copy_padded(to, c, item.stream, item.place - before, before + 1, frames - 1 - before, 0, frames, copies);
       else if (observed)
         copy_padded(next, c, item.stream, item.place + item.rows - before_end, before_end + 1, frames - 1 - before_end,
-                    0, frames, past_caches);
+                    0, frames, copies);
     }
     if (slice != 0) return;
     double sum = 0, discount = 1;
@@ -540,7 +570,8 @@ class ReplayCpu final : public Replay, private ReplayMemory {
     static_cast<int64_t*>(out[2])[i] = item.rows;
   }
 
-  void gather_sequence(const Item& item, int64_t i, int64_t slice, int64_t slices, bool large, void* const* out) const {
+  void gather_sequence(const Item& item, int64_t i, int64_t slice, int64_t slices, Copies& copies,
+                       void* const* out) const {
     const ReplayShape& shape = config_.shape;
     for (size_t c = 0; c < columns_.size(); ++c) {
       const int64_t bytes = config_.fields[c].row_bytes();
@@ -552,7 +583,7 @@ class ReplayCpu final : public Replay, private ReplayMemory {
       const int64_t extra = config_.stacked(c) ? shape.stack - 1 : 0, before = config_.stacked(c) ? item.before : 0;
       const int64_t total = shape.length + extra;
       copy_padded(to + i * total * bytes, c, item.stream, item.place - before, before + item.rows, extra - before,
-                  total * slice / slices, total * (slice + 1) / slices, large && bytes >= kStreamRow);
+                  total * slice / slices, total * (slice + 1) / slices, copies);
     }
     if (slice != slices - 1) return;
     auto* rewards = static_cast<float*>(out[0]) + i * shape.length;
@@ -603,6 +634,7 @@ class ReplayCpu final : public Replay, private ReplayMemory {
   ReplayCounters counters_;
   ReplayEntries entries_;
   std::vector<Update> update_;
+  std::vector<SumTree::Walk> walks_;
   std::vector<Item> drawn_;
   size_t outputs_ = 0;
   std::vector<int8_t> scratch_;

@@ -30,23 +30,33 @@ struct SumTree {
   URLFAST_HD uint64_t total() const { return nodes[offset[levels - 1]]; }
   URLFAST_HD uint64_t leaf(int64_t i) const { return nodes[i]; }
 
-  // The leaf in whose interval `r` < total() falls, intervals laid end to end in the order of the leaves.
-  URLFAST_HD int64_t find(uint64_t r) const {
+  // A walk from the root to the leaf in whose interval `rest` < total() falls, intervals laid end to end in the order
+  // of the leaves: a node, and where in its interval.
+  struct Walk {
+    uint64_t rest;
     int64_t node = 0;
-    for (int level = levels - 2; level >= 0; --level) {
-      const uint64_t* child = nodes + offset[level] + (node << kTreeFanoutLog2);
-      uint64_t sum = 0, before = 0;
-      int j = 0;
-      for (int k = 0; k < 1 << kTreeFanoutLog2; ++k) {  // no branch to mispredict, so that several draws overlap
-        sum += child[k];
-        const bool past = sum <= r;
-        before = past ? sum : before;
-        j += past;
-      }
-      r -= before;
-      node = (node << kTreeFanoutLog2) + j;
+  };
+  URLFAST_HD const uint64_t* children(int level, int64_t node) const {
+    return nodes + offset[level] + (node << kTreeFanoutLog2);
+  }
+  // To the child at `level`, from the node above.
+  URLFAST_HD void descend(Walk& walk, int level) const {
+    const uint64_t* child = children(level, walk.node);
+    uint64_t sum = 0, before = 0;
+    int j = 0;
+    for (int k = 0; k < 1 << kTreeFanoutLog2; ++k) {  // no branch to mispredict, so that several draws overlap
+      sum += child[k];
+      const bool past = sum <= walk.rest;
+      before = past ? sum : before;
+      j += past;
     }
-    return node;
+    walk.rest -= before;
+    walk.node = (walk.node << kTreeFanoutLog2) + j;
+  }
+  URLFAST_HD int64_t find(uint64_t r) const {
+    Walk walk{r};
+    for (int level = levels - 2; level >= 0; --level) descend(walk, level);
+    return walk.node;
   }
 
   // One thread at a time; a device adds `value - leaf(i)` with atomics along the same path.

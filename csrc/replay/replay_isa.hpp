@@ -1,0 +1,26 @@
+// The copy of frames, which exists once per instruction set.
+#pragma once
+#include <cstdint>
+
+namespace urlfast {
+
+struct ReplayKernels {
+  // `bytes` bytes of rows that lie anywhere in memory far larger than the caches. next: where the following copy will
+  // read, null for the last one; fetched while this one ends, so that no copy waits for its first lines and pages.
+  // past_caches: with stores that bypass the caches; the caller fences them.
+  void (*copy)(char* to, const char* from, int64_t bytes, const char* next, bool past_caches);
+};
+
+namespace baseline {
+extern const ReplayKernels replay_kernels;
+}
+#ifdef URLFAST_X86
+namespace avx2 {
+extern const ReplayKernels replay_kernels;
+}
+namespace avx512 {
+extern const ReplayKernels replay_kernels;
+}
+#endif
+
+}  // namespace urlfast
