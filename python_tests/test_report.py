@@ -444,6 +444,9 @@ def test_coverage_is_compared_at_equal_frames():
     assert report.coverage_at_equal_frames(agent | next(counts), random | next(counts)) == (51, 20, 100)  # counted, not interpolated
     assert report.coverage_at_equal_frames(agent, None) == (100, None, 200)
     assert report.coverage_at_equal_frames({"coverage": []}, random) is None
+    places = ({"places": [[0, 1], [100, n]], "unique_places": n, "frames_of_unique_states": 100} for n in (7, 5))
+    agent, random = agent | next(places), random | next(places)
+    assert report.coverage_at_equal_frames(agent, random) == (7, 5, 100) and report.covers(agent) == "places"  # of both, the one that tells
 
 
 def test_a_page_that_fails_leaves_the_old_one(tmp_path, particles, monkeypatch):

@@ -123,9 +123,9 @@ class Story:
         return values[-1] if len(steps) else default
 
     def evaluation(self, policy) -> dict | None:
-        """The last evaluation of a policy, never the best one."""
+        """The last evaluation of a policy, never the best one; of several at one step, the one of most episodes."""
         found = [e for e in (self.results or {}).get("evaluations", ()) if e.get("policy") == policy and e.get("returns")]
-        return sorted(found, key=lambda e: e.get("frames") or 0)[-1] if found else None
+        return sorted(found, key=lambda e: (e.get("frames") or 0, len(e["returns"])))[-1] if found else None
 
     @property
     def hns(self) -> float | None:
@@ -235,21 +235,33 @@ def interval(returns) -> tuple[float, float] | None:
 
 
 def coverage_at_equal_frames(agent: dict, random: dict | None) -> tuple[float, float | None, float] | None:
-    """(agent's unique states, random's, frames): both at the frames that the shorter curve reaches; as counted, where it was there."""
+    """(agent's unique places or states, random's, frames): both at the frames that the shorter curve reaches; as counted, where it was."""
     mine, theirs = _coverage(agent), _coverage(random)
     if mine is None:
         return None
     if theirs is None:
         return mine[-1, 1], None, mine[-1, 0]
-    counted = [(e.get("unique_states"), e.get("frames_of_unique_states")) for e in (agent, random)]
+    counted = [(e.get(f"unique_{covers(agent)}"), e.get("frames_of_unique_states")) for e in (agent, random)]
     if counted[0][0] is not None and counted[1][0] is not None and counted[0][1] == counted[1][1]:
         return counted[0][0], counted[1][0], counted[0][1]
     frames = min(mine[-1, 0], theirs[-1, 0])
     return float(np.interp(frames, *mine.T)), float(np.interp(frames, *theirs.T)), frames
 
 
+def covers(evaluation: dict) -> str:
+    """What coverage counts: places, where it is known which bytes of the memory they are; states of all of it, where not."""
+    return "places" if evaluation.get("places") else "states"
+
+
+COUNTED = {
+    "places": "Distinct rooms and positions of the player, as the console's memory has them,",
+    "states": "Distinct contents of the console's 128 bytes of memory (timers make most of them new: compare the curves, not the numbers)",
+}
+
+
 def _coverage(evaluation: dict | None) -> np.ndarray | None:
-    points = np.asarray((evaluation or {}).get("coverage") or [], np.float64)
+    evaluation = evaluation or {}
+    points = np.asarray(evaluation.get("places") or evaluation.get("coverage") or [], np.float64)
     return points if points.ndim == 2 and points.shape[1] == 2 and len(points) else None
 
 
@@ -276,7 +288,7 @@ def lead(story: Story) -> str:
         text += f" where random play scores {number(np.mean(random['returns']))}"
     covered = coverage_at_equal_frames(agent, random)
     if covered and covered[1]:
-        text += f", and sees {covered[0] / covered[1]:.2g} times as many distinct states of the game's memory in the same time"
+        text += f", and sees {number(covered[0])} distinct {covers(agent)} where random play sees {number(covered[1])} in the same time"
     return text + "."
 
 
@@ -350,9 +362,9 @@ def tiles(story: Story) -> str:
         covered = coverage_at_equal_frames(agent, random)
         if covered and covered[1]:
             note = f"{number(covered[0])} against {number(covered[1])}, each in {short(covered[2])} frames"
-            out.append(tile("Unique states, against random", f"{covered[0] / covered[1]:.2f}×", note))
+            out.append(tile(f"Unique {covers(agent)}, against random", f"{covered[0] / covered[1]:.2f}×", note))
         elif covered:
-            out.append(tile("Unique states", number(covered[0]), f"in {short(covered[2])} frames"))
+            out.append(tile(f"Unique {covers(agent)}", number(covered[0]), f"in {short(covered[2])} frames"))
     accuracy = trend(story, "contrastive_accuracy")  # not the intrinsic reward, whose unit moves with the encoder
     if accuracy:
         note = f"of the encoder in the last tenth of the run; {percent(accuracy[0], 0)} in the first"
@@ -479,14 +491,14 @@ def coverage(story: Story) -> str:
     if not curves:
         return ""
     top = max(points[:, 1].max() for _, points in curves)
-    chart = Chart("Unique RAM states over frames", (0, max(p[-1, 0] for _, p in curves)), (0, top * 1.06), xlabel="frames", right=64)
+    what = covers(story.evaluation(curves[0][0]))
+    chart = Chart(f"Unique {what} over frames", (0, max(p[-1, 0] for _, p in curves)), (0, top * 1.06), xlabel="frames", right=64)
     for name, points in reversed(curves):
         x, y = thin(points[:, 0], points[:, 1])
         chart.line(np.insert(x, 0, 0), np.insert(y, 0, 0), "s0" if name == "agent" else "other", name)
     return figure(
         chart.svg(),
-        "Distinct contents of the console's 128 bytes of memory met so far, counted at each agent step of the evaluation episodes; random "
-        "play goes on until it has as many frames. Timers and counters in memory count too, so compare the curves, not the numbers alone.",
+        f"{COUNTED[what]} met so far, at each agent step of the evaluation episodes; random play goes on until it has as many frames.",
         "Coverage",
     )
 
@@ -752,13 +764,13 @@ def overlaid_coverage(stories: list[Story], styles: dict[str, str], heading: str
     if not curves:
         return ""
     every = [p for _, p in curves] + chance
-    chart = Chart(
-        "Unique RAM states over frames", (0, max(p[-1, 0] for p in every)), (0, 1.06 * max(p[:, 1].max() for p in every)), xlabel="frames"
-    )
+    what = covers(next(e for s in stories if (e := s.evaluation("agent"))))
+    top = 1.06 * max(p[:, 1].max() for p in every)
+    chart = Chart(f"Unique {what} over frames", (0, max(p[-1, 0] for p in every)), (0, top), xlabel="frames")
     for style, points in [("other", p) for p in chance] + [(styles[group], p) for group, p in curves]:
         x, y = thin(points[:, 0], points[:, 1])
         chart.line(np.insert(x, 0, 0), np.insert(y, 0, 0), style)
-    return figure(chart.svg(), "Distinct contents of the console's memory in the evaluation episodes. Grey: random play.", heading)
+    return figure(chart.svg(), f"{COUNTED[what]} in the evaluation episodes. Grey: random play.", heading)
 
 
 def by_game(stories: list[Story]) -> dict[str, list[Story]]:
@@ -918,7 +930,7 @@ def several(stories: list[Story]) -> str:
         text = f"Interquartile mean of the evaluation scores: {', '.join(means)}."
     else:
         text = f"{', '.join(groups)}, side by side."
-    head = ("run", "method", "game", "seed", "steps", "score", "random", "human-normalised", "states, against random")
+    head = ("run", "method", "game", "seed", "steps", "score", "random", "human-normalised", "coverage, against random")
     panels = []
     for game, runs in games.items():
         name = f" · {game}" if len(games) > 1 else ""
