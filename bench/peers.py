@@ -24,6 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
+from urlfast.methods.apt import APT
+
 CONV = ((32, 8, 4), (64, 4, 2), (64, 3, 1))  # channels, kernel, stride
 
 
@@ -94,6 +96,21 @@ class MiniAPT:
         self.repr_optimizer = torch.optim.Adam(self.encoder.parameters(), lr=lr)
         self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), lr=lr)
         self.statistic = RunningVariance()
+
+    @torch.no_grad()
+    def take_weights(self, ours: APT) -> None:
+        """Those of our method, whose network is the same: from here both compute the same on the same views."""
+        convolutions = [layer for layer in self.encoder.conv if isinstance(layer, nn.Conv2d)]
+        for theirs, mine in zip([*convolutions, self.encoder.head], [*ours.agent.encoder.conv, *ours.projection], strict=True):
+            theirs.load_state_dict(mine.state_dict())
+        q, streams = ours.agent.learner.q, (self.critic.value, self.critic.advantage)
+        for name, hidden in q.hidden.named_parameters():  # ours holds both streams' hidden layers as one
+            for stream, half in zip(streams, hidden.chunk(2), strict=True):
+                getattr(stream[0], name).copy_(half)
+        for stream, mine in zip(streams, (q.value, q.advantage), strict=True):
+            stream[2].load_state_dict(mine.state_dict())
+        self.encoder_target.load_state_dict(self.encoder.state_dict())
+        self.critic_target.load_state_dict(self.critic.state_dict())
 
     @torch.no_grad()
     def act(self, state: Tensor, epsilon: float) -> int:

@@ -41,17 +41,7 @@ def pair(lr):
         ours.agent.learner.q.hidden.weight.div_(1000)
         for target, source in ((ours.agent.encoder_target, ours.agent.encoder), (ours.agent.learner.q_target, ours.agent.learner.q)):
             target.load_state_dict(source.state_dict())
-        theirs = [p for layer in (peer.encoder.conv[0], peer.encoder.conv[2], peer.encoder.head) for p in layer.parameters()]
-        for p, mine in zip(theirs, [*ours.agent.encoder.parameters(), *ours.projection.parameters()], strict=True):
-            p.copy_(mine)
-        q, critic = ours.agent.learner.q, peer.critic
-        for name, mine in q.hidden.named_parameters():
-            for half, stream in zip(mine.chunk(2), (critic.value, critic.advantage), strict=True):
-                getattr(stream[0], name).copy_(half)
-        for mine, layer in ((q.value, critic.value[2]), (q.advantage, critic.advantage[2])):
-            layer.load_state_dict(mine.state_dict())
-        peer.encoder_target.load_state_dict(peer.encoder.state_dict())
-        peer.critic_target.load_state_dict(critic.state_dict())
+    peer.take_weights(ours)
     rng = np.random.default_rng(0)
     images = [torch.from_numpy(rng.integers(0, 256, (B, 4, 36, 36), np.uint8)) for _ in range(2)]
     action = torch.from_numpy(rng.integers(0, ACTIONS, B))
