@@ -150,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         **machine(),
         "date": time.strftime("%Y-%m-%dT%H:%MZ", time.gmtime()),
         "commit": commit(),
-        "command": shlex.join(["python", "-m", "bench", *(sys.argv[1:] if argv is None else argv)]),
+        "command": re.sub(r" --json[= ]\S+", "", shlex.join(["python", "-m", "bench", *(sys.argv[1:] if argv is None else argv)])),
         "quick": options.quick,
         "peaks": {},
         "mean_targets": {},

@@ -1,10 +1,14 @@
 """SequenceReplay beside cpprb, Stable-Baselines3, torchrl, torch and NumPy, at Atari's shapes: 1e5 frames of 84 x 84 bytes.
 
 Frames begin with their own number, so every contestant's batch is checked against what was stored. Where a peer lacks n-step returns or
-priorities it is timed without. Floor: the same bytes copied in runs as long, past the caches, into an array that is reused.
+priorities it is timed without; NumPy is what one writes by hand, drawn uniformly. Floor: the same bytes copied in runs as long, past the
+caches, into an array that is reused.
 """
 
+import logging
 from functools import lru_cache, partial
+from operator import attrgetter, itemgetter
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -94,6 +98,7 @@ def cpprb_prioritised():
 
 def torchrl_slices():
     """Its faster sampler: without priorities, and told that the buffer stands still."""
+    logging.getLogger("torchrl").setLevel(logging.WARNING)
     sampler = torchrl.SliceSampler(slice_len=RUN, traj_key="episode", cache_values=True)
     storage = torchrl.LazyTensorStorage(STREAMS * ROWS)
     buffer = torchrl.TensorDictReplayBuffer(storage=storage, sampler=sampler, batch_size=SEQUENCES * RUN)
@@ -103,8 +108,10 @@ def torchrl_slices():
     return buffer
 
 
-def sequence_buffers():
-    return stored_frames(), ours_prioritised(), cpprb and cpprb_prioritised(), torchrl and torchrl_slices()
+def sequence_stores():
+    return stored_frames(), SimpleNamespace(
+        urlfast=ours_prioritised(), cpprb=cpprb and cpprb_prioritised(), torchrl=torchrl and torchrl_slices()
+    )
 
 
 def kept(fill, memory={}):  # noqa: B006
@@ -123,7 +130,7 @@ def random_starts(rng, count, run):
 def numpy_runs(count, run):
     """Uniform draws, frames taken into an array that is reused."""
 
-    def make(frames, *_):
+    def make(frames, _):
         rng, flat, out = np.random.default_rng(0), frames.reshape(-1, 84, 84), np.empty((count * run, 84, 84), np.uint8)
 
         def call():
@@ -137,7 +144,7 @@ def numpy_runs(count, run):
 
 
 def torch_runs(count, run):
-    def make(frames, *_):
+    def make(frames, _):
         rng, flat = np.random.default_rng(0), torch.from_numpy(frames.reshape(-1, 84, 84))
         out = torch.empty((count * run, 84, 84), dtype=torch.uint8)
 
@@ -154,7 +161,7 @@ def torch_runs(count, run):
 def copies(count, run, threads):
     """The floor: `count` runs of `run` frames."""
 
-    def make(frames, *_):
+    def make(frames, _):
         rng, size = np.random.default_rng(0), 84 * 84
         starts = [random_starts(rng, count, run) * size for _ in range(max(4, 20_000 // (count * run)))]
         return gathers(frames, np.empty(count * run * size, np.uint8), starts, run * size, threads)
@@ -167,11 +174,11 @@ def sequences(threads):
         "replay",
         "64 sequences of 120, stack 4",
         threads,
-        partial(kept, sequence_buffers),
+        partial(kept, sequence_stores),
         {
-            "urlfast": lambda *buffers: lambda: buffers[1].sample(SEQUENCES).frames["observation"][:, :, 0],
-            "cpprb": cpprb and (lambda *buffers: lambda: buffers[2].sample(SEQUENCES)["obs"]),
-            "torchrl": torchrl and (lambda *buffers: lambda: buffers[3].sample()["frame"].view(SEQUENCES, RUN, 84, 84)),
+            "urlfast": lambda _, stores: lambda: stores.urlfast.sample(SEQUENCES).frames["observation"][:, :, 0],
+            "cpprb": cpprb and (lambda _, stores: lambda: stores.cpprb.sample(SEQUENCES)["obs"]),
+            "torchrl": torchrl and (lambda _, stores: lambda: stores.torchrl.sample()["frame"].view(SEQUENCES, RUN, 84, 84)),
             "NumPy": numpy_runs(SEQUENCES, RUN),
             "torch": torch_runs(SEQUENCES, RUN),
         },
@@ -214,49 +221,56 @@ def sb3_stacks(streams=STREAMS, rows=ROWS):
     return buffer
 
 
-def n_step_buffers():
-    return stored_frames(), ours_n_step(), cpprb and cpprb_n_step(), sb3 and sb3_stacks()
+def n_step_stores():
+    return stored_frames(), SimpleNamespace(urlfast=ours_n_step(), cpprb=cpprb and cpprb_n_step(), sb3=sb3 and sb3_stacks())
 
 
-def transitions(threads, batch):
-    def urlfast(frames, ours, *_):
-        def call():
-            found = ours.sample(batch)
-            return found.observation, found.next_observation
+class NumpyColumns:
+    """What one writes by hand: action, n-step return, discount of uniformly drawn rows, from flat columns."""
 
-        return call
+    def __init__(self, rows, action, n, gamma=0.99):
+        self.action, self.reward, self.terminated = np.zeros((rows, *action)), np.ones(rows, np.float32), np.zeros(rows, bool)
+        self.n, self.gamma, self.discount = n, (gamma ** np.arange(n)).astype(np.float32), gamma**n
 
-    def cpprb_(frames, ours, theirs, _):
-        def call():
-            found = theirs.sample(batch)
-            return found["obs"], found["next_obs"]
+    def sample(self, first):
+        window = first[:, None] + np.arange(self.n)
+        alive = np.cumprod(~self.terminated[window], axis=1)
+        before = np.concatenate([np.ones_like(alive[:, :1]), alive[:, :-1]], axis=1)
+        return self.action[first], (self.reward[window] * before * self.gamma).sum(1), alive[:, -1] * self.discount
 
-        return call
 
-    def sb3_(frames, ours, _, theirs):
-        def call():
-            found = theirs.sample(batch)
-            return found.observations, found.next_observations
-
-        return call
-
-    def numpy(frames, *_):
+def numpy_transitions(batch):
+    def make(frames, _):
         rng, flat, out = np.random.default_rng(0), frames.reshape(-1, 84, 84), np.empty((2 * batch * STACK, 84, 84), np.uint8)
+        columns = NumpyColumns(len(flat), (), 10)
 
         def call():
             first = random_starts(rng, batch, STACK + 10)
+            columns.sample(first + STACK - 1)
             rows = np.stack([first, first + 10])[..., None] + np.arange(STACK)
             np.take(flat, rows.reshape(-1), 0, out=out, mode="clip")
             return out.reshape(2, batch, STACK, 84, 84)
 
         return call
 
+    return make
+
+
+def transitions(threads, batch):
+    # both stacks, by the names each gives them
+    of_ours, of_cpprb = attrgetter("observation", "next_observation"), itemgetter("obs", "next_obs")
+    of_sb3 = attrgetter("observations", "next_observations")
     return Case(
         "replay",
         f"{batch} transitions, stack 4, n 10",
         threads,
-        partial(kept, n_step_buffers),
-        {"urlfast": urlfast, "cpprb": cpprb and cpprb_, "Stable-Baselines3": sb3 and sb3_, "NumPy": numpy},
+        partial(kept, n_step_stores),
+        {
+            "urlfast": lambda _, stores: lambda: of_ours(stores.urlfast.sample(batch)),
+            "cpprb": cpprb and (lambda _, stores: lambda: of_cpprb(stores.cpprb.sample(batch))),
+            "Stable-Baselines3": sb3 and (lambda _, stores: lambda: of_sb3(stores.sb3.sample(batch))),
+            "NumPy": numpy_transitions(batch),
+        },
         check_transitions,
         floor=copies(2 * batch, STACK, threads),
         targets={"cpprb": 1.0 if batch == 32 else 2.0} if threads == 2 else {},
@@ -326,9 +340,11 @@ def sb3_vectors(rows):
 
 def numpy_vectors(rows):
     rng, out = np.random.default_rng(0), np.empty((2, BATCH, VECTOR), np.float32)
+    columns = NumpyColumns(len(rows), (ACTION,), 1)
 
     def call():
         chosen = rng.integers(0, len(rows) - 1, BATCH)
+        columns.sample(chosen)
         np.take(rows, chosen, 0, out=out[0], mode="clip")
         np.take(rows, chosen + 1, 0, out=out[1], mode="clip")
         return out
@@ -418,9 +434,12 @@ def priorities():
 # A row added, and what it takes --------------------------------------------------------------------------------------------------
 
 
+RING = 4000  # rows; long since full, so that no call meets memory for the first time
+
+
 def ours_add(stack):
     fields = {"observation": Field(FRAME, "uint8"), "action": Field((), "int64")}
-    replay = SequenceReplay(10_000, fields, num_streams=1, n_step=10, gamma=0.99, frame_stack=STACK)
+    replay = SequenceReplay(RING, fields, num_streams=1, n_step=10, gamma=0.99, frame_stack=STACK)
     row = {"observation": stack[-1:, None], "action": np.zeros(1, np.int64), "reward": np.ones(1, np.float32)}
     replay.add({**row, **flags(0, 1)})
     row |= flags(1, 1)
@@ -429,7 +448,7 @@ def ours_add(stack):
 
 def cpprb_add(stack):
     fields = {"obs": {"shape": (84, 84, STACK), "dtype": np.uint8}, "act": {"dtype": np.int64}, "rew": {}, "done": {}}
-    buffer = cpprb.ReplayBuffer(10_000, fields, next_of="obs", stack_compress="obs")
+    buffer = cpprb.ReplayBuffer(RING, fields, next_of="obs", stack_compress="obs")
     stack = np.ascontiguousarray(np.moveaxis(stack, 0, -1))
     return lambda: buffer.add(obs=stack, next_obs=stack, act=0, rew=1.0, done=0.0)
 
@@ -437,9 +456,19 @@ def cpprb_add(stack):
 def sb3_add(stack):
     space = gymnasium.spaces.Box(0, 255, (STACK, 84, 84), np.uint8)
     options = dict(optimize_memory_usage=True, handle_timeout_termination=False)
-    buffer = sb3.ReplayBuffer(10_000, space, gymnasium.spaces.Discrete(9), "cpu", **options)
+    buffer = sb3.ReplayBuffer(RING, space, gymnasium.spaces.Discrete(9), "cpu", **options)
     action, reward, done = np.zeros((1, 1)), np.ones(1), np.zeros(1)
     return lambda: buffer.add(stack[None], stack[None], action, reward, done, [{}])
+
+
+def filled(make):
+    def and_full(stack):
+        call = make(stack)
+        for _ in range(RING + 100):
+            call()
+        return call
+
+    return and_full
 
 
 def add():
@@ -448,7 +477,7 @@ def add():
         "one row added, 84 x 84",
         1,
         lambda: (stored_frames()[0, :STACK],),
-        {"urlfast": ours_add, "cpprb": cpprb and cpprb_add, "Stable-Baselines3": sb3 and sb3_add},
+        {"urlfast": filled(ours_add), "cpprb": cpprb and filled(cpprb_add), "Stable-Baselines3": sb3 and filled(sb3_add)},
         lambda results: None,
         targets={"at most": 5e-6},
     )

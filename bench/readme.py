@@ -17,19 +17,18 @@ BEGIN, END = "<!-- bench: written by python -m bench.readme -->", "<!-- bench: e
 
 
 def merged(runs: Iterable[dict]) -> list[dict]:
-    """One for each processor: its newest run, with the newest of every case that any of its runs measured, and all their commands."""
+    """One for each processor: its newest run, with the newest of every case that any of its runs measured, and how those were measured."""
     by_processor: dict[str, dict] = {}
     for run in sorted(runs, key=lambda run: run["date"]):
-        before = by_processor.get(run["processor"], {"cases": [], "mean_targets": {}, "commands": []})
-        cases = {key(case): case for case in before["cases"]} | {key(case): case for case in run["cases"]}
-        ordered = sorted(cases.values(), key=lambda case: case["piece"])
-        command = f"{run['date'][:10]}: `{run['command']}`" + (f", load {run['load']:.1f} before" if run["load"] > 0.5 else "")
-        commands = [*before["commands"], command]
+        how = f"{run['date'][:10]}: `{run['command']}`" + (f" (on a shared machine, load {run['load']:.0f})" if run["load"] > 0.5 else "")
+        before = by_processor.get(run["processor"], {"cases": [], "mean_targets": {}})
+        cases = {key(case): case for case in before["cases"]} | {key(case): case | {"how": how} for case in run["cases"]}
         by_processor[run["processor"]] = run | {
-            "cases": ordered,
+            "cases": sorted(cases.values(), key=lambda case: case["piece"]),
             "mean_targets": before["mean_targets"] | run["mean_targets"],
-            "commands": commands,
         }
+    for run in by_processor.values():
+        run["how"] = list(dict.fromkeys(case["how"] for case in run["cases"]))
     return list(by_processor.values())
 
 
@@ -67,7 +66,7 @@ def part(run: dict) -> str:
     every = ["| | threads | urlfast | the others take | of the floor |", "|-|-|-|-|-|", *map(row, run["cases"])]
     return "\n".join(
         [
-            f"**{run['processor']}**, {run['cores']} cores, {memory}, {flags}. {'; '.join(run['commands'])}.",
+            f"**{run['processor']}**, {run['cores']} cores, {memory}, {flags}. {'; '.join(run['how'])}.",
             f"Measured peaks, GB/s and GFLOP/s: {peaks}.",
             "",
             *rows,

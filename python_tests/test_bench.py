@@ -221,7 +221,9 @@ def test_the_newest_measurement_of_a_case_counts_on_each_processor():
     mine, others = readme.merged([new, other, old])
     figures = {readme.key(case): case["figures"]["cdist"]["median"] for case in mine["cases"]}
     assert figures == {("knn", "a", 2): 2.0, ("knn", "b", 2): 1.0, ("ema", "a", 2): 3.0}
-    assert len(mine["commands"]) == 2 and "--only knn,ema" in mine["commands"][1]
+    assert len(mine["how"]) == 2 and "2026-01-02: `python -m bench --only knn,ema`" in mine["how"]
+    everything = a_run(*old["cases"], *new["cases"], date="2026-01-04T00:00Z")
+    assert readme.merged([everything, old, new])[0]["how"] == ["2026-01-04: `python -m bench`"]  # of the others nothing is left
     assert [case["figures"]["cdist"]["median"] for case in others["cases"]] == [4.0]
 
 
