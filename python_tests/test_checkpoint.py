@@ -1,20 +1,23 @@
 """Checkpoints under damage: whatever happens to the newest, the run goes on from one that is whole."""
 
 import json
+import os
 import pickle
+import random
 import resource
 import shutil
 import subprocess
 import sys
+import zipfile
 
 import numpy as np
 import pytest
 import torch
 import toy_run
 
-from urlfast import checkpoint, train
+from urlfast import checkpoint, evaluate, ops, report, train
 from urlfast.checkpoint import Refused, checkpoints, plain, read, read_latest
-from urlfast.run import Run, read_metrics
+from urlfast.run import Run, UserError, read_metrics
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +79,30 @@ def remove(path):
     path.unlink()
 
 
-@pytest.mark.parametrize("damage", [truncate, flip, replace_by_foreign, remove])
+def replace_by_fifo(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
+def replace_by_folder(path):
+    path.unlink()
+    path.mkdir()
+
+
+def replace_by_endless_link(path):
+    path.unlink()
+    path.symlink_to("/dev/zero")
+
+
+def replace_by_own_link(path):
+    """To what was there: a link may lead out of the folder."""
+    path.symlink_to(path.rename(path.with_name("elsewhere")))
+
+
+DAMAGES = [truncate, flip, replace_by_foreign, remove, replace_by_fifo, replace_by_folder, replace_by_endless_link, replace_by_own_link]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("victim", ["state.pt", "manifest.json", "replay.json", "segment"])
 def test_what_is_not_what_was_written_is_refused_by_name_and_the_one_before_it_used(run, victim, damage):
     newest, before, *_ = checkpoints(run.folder)
@@ -90,6 +116,38 @@ def test_what_is_not_what_was_written_is_refused_by_name_and_the_one_before_it_u
     said = []
     assert read_latest(run.folder, replay=True, say=said.append).step == 160
     assert len(said) == 1 and str(path) in said[0]
+
+
+def test_bytes_flipped_and_cut_anywhere_are_refused(run):
+    newest, before, *_ = checkpoints(run.folder)
+    only = sorted(set(read(newest, replay=True).segments) - set(read(before, replay=True).segments))
+    chance, honest = random.Random(0), read(newest).state["method"]["rows"]
+    for path in [newest / "state.pt", newest / "manifest.json", newest / "replay.json", *(run.folder / "replay" / name for name in only)]:
+        data = path.read_bytes()
+        for at in chance.sample(range(len(data)), 12):
+            flipped = data[:at] + bytes([data[at] ^ 1 << chance.randrange(8)]) + data[at + 1 :]
+            for changed in (flipped, data[:at], data + data[: at + 1]):
+                path.write_bytes(changed)
+                found = read_latest(run.folder, replay=True, say=lambda text: None)
+                assert found.step == 160 or (found.state["method"]["rows"] == honest and path.suffix == ".json")  # one blank for another
+        path.write_bytes(data)
+
+
+@pytest.mark.parametrize("kind", ["file", "link", "fifo"])
+def test_something_else_with_a_checkpoints_name_is_refused_and_set_aside(run, tmp_path, kind):
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "file").touch()
+    for name in ("step-000000999", ".step-000000998.tmp"):
+        path = run.folder / "checkpoints" / name
+        {"file": path.touch, "link": lambda: path.symlink_to(tmp_path / "precious"), "fifo": lambda: os.mkfifo(path)}[kind]()  # noqa: B023
+    for name in ("step-x", "step-1", ".refused-step-x"):
+        (run.folder / "checkpoints" / name).touch()
+    (run.folder / "replay" / "notes.txt").touch()
+    assert train.run_train(["--resume", str(run.folder), "--steps", "400"]) == 0
+    assert read_latest(run.folder, replay=True, say=pytest.fail).step == 400
+    left = {path.name for path in (run.folder / "checkpoints").iterdir() if path.name not in [p.name for p in checkpoints(run.folder)]}
+    assert left == {"step-x", "step-1", ".refused-step-x", ".refused-step-000000999"}
+    assert (run.folder / "replay" / "notes.txt").exists() and (tmp_path / "precious" / "file").exists()
 
 
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(run, capsys):
@@ -111,17 +169,95 @@ class Execute:
         return print, ("a checkpoint was executed",)
 
 
+def sign(folder, **changes):
+    """The checksums of what the files of a checkpoint are now, as a forger would write them."""
+    replay = json.loads((folder / "replay.json").read_text())
+    (folder / "replay.json").write_text(json.dumps({**replay, "crc32c": ops._manifest_crc(replay)}))
+    body = json.loads((folder / "manifest.json").read_text()) | changes
+    body["files"] = {name: checkpoint._digest(folder / name) for name in ("state.pt", "replay.json")} | changes.get("files", {})
+    del body["sha256"]
+    (folder / "manifest.json").write_text(json.dumps({**body, "sha256": checkpoint._own_digest(body)}))
+
+
+class Call:
+    def __init__(self, *call):
+        self.call = call
+
+    def __reduce__(self):
+        return self.call
+
+
 def test_a_forged_checkpoint_is_not_executed(run, capsys):
     """Even one whose checksums are right."""
     newest = checkpoints(run.folder)[0]
-    (newest / "state.pt").write_bytes(pickle.dumps(Execute(), protocol=2))
-    body = json.loads((newest / "manifest.json").read_text())
-    del body["sha256"]
-    body["files"]["state.pt"] = checkpoint._digest(newest / "state.pt")
-    (newest / "manifest.json").write_text(json.dumps({**body, "sha256": checkpoint._own_digest(body)}))
-    with pytest.raises(Refused, match=r"state\.pt is not a checkpoint"):
-        read(newest)
+    state = torch.load(newest / "state.pt", weights_only=True)
+    for call in (Execute(), Call(bytearray, (10**13,)), Call(torch.Tensor, (10**13,)), torch.zeros(1).expand(10**13)):
+        torch.save({**state, "more": call}, newest / "state.pt")
+        sign(newest)
+        with pytest.raises(Refused, match=r"state\.pt is not a checkpoint"):
+            read(newest)
+    for content in (pickle.dumps(Execute(), protocol=2), pickle.dumps(state["method"]["rows"])):
+        (newest / "state.pt").write_bytes(content)
+        sign(newest)
+        with pytest.raises(Refused, match=r"state\.pt is not a checkpoint"):
+            read(newest)
     assert "executed" not in capsys.readouterr().out
+
+
+def test_a_forged_checkpoint_cannot_grow_in_memory(run):
+    newest = checkpoints(run.folder)[0]
+    with zipfile.ZipFile(newest / "state.pt") as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(newest / "state.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in entries.items():
+            archive.writestr(name, data)
+    sign(newest)
+    with pytest.raises(Refused, match=r"state\.pt is not a checkpoint of urlfast \(compressed"):
+        read(newest)
+
+
+@pytest.mark.parametrize("changes", [
+    {"files": {"../../config.json": "0" * 64}}, {"segments": {"../config.json": "0" * 64}}, {"segments": {"/etc/passwd": "0" * 64}},
+    {"segments": []}, {"files": {"state.pt": 3}}, {"step": 10**30}, {"step": "200"}, {"step": -1}, {"step": 160}, {"format": "1"},
+    {"format": 10**30},
+])  # fmt: skip
+def test_a_forged_manifest_is_refused(run, changes):
+    newest = checkpoints(run.folder)[0]
+    sign(newest, **changes)
+    with pytest.raises(Refused, match=str(newest)):
+        read(newest, replay=True)
+
+
+@pytest.mark.parametrize("change, says", [
+    (lambda replay: replay["options"].update(capacity=10**14), "replay.json does not fit"),
+    (lambda replay: replay["options"].update(num_streams=1), "replay.json does not fit"),
+    (lambda replay: replay["fields"].update(more=[[], "float32", 1]), "replay.json does not fit"),
+    (lambda replay: replay["state"].update(file="state-000009-0123456789ab.bin"), "names other segments"),
+])  # fmt: skip
+def test_a_forged_replay_is_one_line(run, change, says):
+    newest = checkpoints(run.folder)[0]
+    replay = json.loads((newest / "replay.json").read_text())
+    change(replay)
+    (newest / "replay.json").write_text(json.dumps(replay))
+    sign(newest)
+    with pytest.raises(UserError, match=says):
+        train.run_train(["--resume", str(run.folder)])
+
+
+@pytest.mark.parametrize("entry, value", [
+    (("steps",), 10**30), (("steps",), -1), (("updates",), "x"), (("seconds",), float("nan")), (("rng",), torch.zeros(3)),
+    (("method",), None),
+    (("method", "weight"), torch.zeros(3)), (("method", "optim"), {}), (("method", "random"), 5),
+])  # fmt: skip
+def test_a_forged_state_is_one_line(run, entry, value):
+    newest = checkpoints(run.folder)[0]
+    state = torch.load(newest / "state.pt", weights_only=True)
+    inner = state if len(entry) == 1 else state[entry[0]]
+    inner[entry[-1]] = value
+    torch.save(state, newest / "state.pt")
+    sign(newest)
+    with pytest.raises(UserError, match=r"state\.pt does not fit this run"):
+        train.run_train(["--resume", str(run.folder)])
 
 
 def test_a_later_format_is_refused(run):
@@ -191,6 +327,39 @@ def test_a_full_disk_is_one_line_and_nothing_written_before_is_lost(small_disk):
     assert read_latest(folder, replay=True).step == 1500
     steps = [line["step"] for line in read_metrics(folder)]
     assert steps == list(range(10, 1501, 10))
+
+
+def test_a_disk_that_is_full_before_a_log_line_a_video_a_result_or_a_report(small_disk, finished, monkeypatch, capsys):
+    """Each says so in one line and leaves what was there; with room again, each succeeds."""
+    monkeypatch.setattr(report, "load_particles", lambda run: None)
+    subprocess.run(["mount", "-o", "remount,size=16m", str(small_disk)], check=True)
+    folder = shutil.copytree(finished.folder, small_disk / finished.name)
+    commands = [
+        (train, ["--resume", str(folder), "--steps", "240"]),
+        (evaluate, [str(folder), "--episodes", "2"]),
+        (evaluate, [str(folder), "--episodes", "2", "--no-video"]),
+        (report, [str(folder)]),
+    ]
+    with open(small_disk / "filler", "wb", buffering=0) as filler:
+        with pytest.raises(OSError):
+            while True:
+                filler.write(bytes(4096))
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "config.json"}
+    for module, arguments in commands:
+        with pytest.raises(SystemExit) as exit:
+            module.main(arguments)
+        error = capsys.readouterr().err
+        assert exit.value.code == 1 and "No space left" in error and len(error.splitlines()) == 1, error
+        assert all(path.read_bytes() == content for path, content in before.items())
+    (small_disk / "filler").unlink()
+    for module, arguments in commands:
+        with pytest.raises(SystemExit) as exit:
+            module.main(arguments)
+        assert not exit.value.code, capsys.readouterr().err
+    assert read_latest(folder, replay=True, say=pytest.fail).step == 240
+    steps = [line["step"] for line in read_metrics(folder)]
+    assert steps == list(range(10, 241, 10))
+    assert (folder / "report.html").exists() and list(folder.glob("videos/*.mp4")) and (folder / "results.json").exists()
 
 
 def test_a_limit_on_file_size_is_one_line_too(tmp_path):

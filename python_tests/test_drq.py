@@ -4,8 +4,9 @@ import types
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
-from urlfast.device import Arithmetic
+from urlfast.device import Arithmetic, adam
 from urlfast.learners.drq import DrQ, DrQConfig, drq_target, q_error
 from urlfast.losses import huber
 from urlfast.methods.pixel_agent import linear_epsilon
@@ -155,3 +156,17 @@ def test_values_of_a_bandit():
         action = torch.randint(A, (32,), generator=torch.Generator().manual_seed(i))
         drq.update(types.SimpleNamespace(action=action, discount=torch.zeros(32)), rewards[action], [state], [(state, state)])
     torch.testing.assert_close(drq.q(state[:1])[0].detach(), rewards, atol=0.05, rtol=0)
+
+
+def test_a_state_of_another_shape_is_refused_and_brings_no_rate_of_its_own():
+    parameter = nn.Parameter(torch.zeros(3))
+    optim = adam([parameter], 1e-3, 1e-8, torch.device("cpu"))
+    parameter.grad = torch.ones(3)
+    optim.step()
+    state = optim.state_dict()
+    state["param_groups"][0]["lr"] = "fast"
+    optim.load_state_dict(state)
+    assert optim.param_groups[0]["lr"] == 1e-3
+    state["state"][0]["exp_avg"] = torch.zeros(4)
+    with pytest.raises(ValueError, match="optimizer"):
+        optim.load_state_dict(state)

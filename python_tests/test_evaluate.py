@@ -166,3 +166,17 @@ def test_epsilon_is_the_share_of_random_actions():
 def test_an_unknown_checkpoint_lists_those_there_are(run):
     with pytest.raises(UserError, match="none of step 41, did you mean '40'"):
         evaluate.evaluate(EvaluateConfig((run.folder.as_posix(),), checkpoint="41"))
+
+
+def test_results_that_are_damaged_are_written_anew_and_strangers_entries_left_out(run):
+    path = run.folder / "results.json"
+    for text in ('{"evaluations": [3, {"policy": "agent", "step": 1}, null]}', "[]", '{"evaluations": 3}', "[" * 10_000, "\udcff", "{}"):
+        path.write_bytes(text.encode("utf-8", "surrogateescape"))
+        evaluate.evaluate(EvaluateConfig((str(run.folder),), episodes=2, video=False))
+        found = json.loads(path.read_text())["evaluations"]
+        assert [entry["policy"] for entry in found] == (["agent"] if "agent" in text else []) + ["agent", "random"]
+
+
+def test_episodes_are_shared_out_without_being_counted_one_by_one():
+    with pytest.raises(StopIteration):  # at the first step, and not for want of memory
+        play(SimpleNamespace(num_envs=3, reset=lambda seed: next(iter(()))), None, 10**15, 0)

@@ -1,5 +1,6 @@
 import base64
 import json
+import os
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from urlfast import report, stats
 from urlfast.figures import Chart, png, short, smooth, thin, ticks
 from urlfast.report import Particles
+from urlfast.run import UserError
 
 VOID = {"meta", "img", "br", "link", "line", "rect", "path", "circle", "polyline", "polygon"}
 
@@ -207,7 +209,7 @@ def test_numbers_are_those_of_the_files(tmp_path, particles):
     assert f"{particles.reward.max():.3f}" in words and f"{particles.reward.min():.3f}" in words
 
 
-@pytest.mark.parametrize("where", ["game", "folder", "preset", "version", "hardware", "option"])
+@pytest.mark.parametrize("where", ["game", "folder", "preset", "version", "hardware", "option", "transfer", "seed", "policy"])
 def test_hostile_text_stays_text(tmp_path, particles, where):
     evil = "<script>alert(1)</script>\"'><img src=https://x.test/y onerror=alert(1)>&amp;"
     name = "run-<img src=x onerror=alert(1)>&" if where == "folder" else "run"
@@ -224,6 +226,15 @@ def test_hostile_text_stays_text(tmp_path, particles, where):
         results["evaluations"][0]["protocol"][evil] = evil
     elif where == "option":
         document["config"]["method"][evil] = evil
+    elif where == "transfer":
+        document["transfer"] = {"run": evil, "method": evil, "step": 3, "rule": evil}
+    elif where == "seed":
+        document["config"]["seed"] = document["config"]["steps"] = document["started"] = evil
+    elif where == "policy":
+        results["evaluations"][1] |= {"policy": evil, "protocol": {evil: [evil]}}
+        (runs[0] / "videos" / "<img src=x>.mp4").write_bytes(evil.encode())
+        with open(runs[0] / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({"step": 20_001, evil: 1.0, "q_loss": evil}) + "\n")
     (runs[0] / "config.json").write_text(json.dumps(document))
     (runs[0] / "results.json").write_text(json.dumps(results))
     for page in (Page(report.report(runs[:1])), Page(report.report(runs, tmp_path / "out.html"))):
@@ -294,6 +305,64 @@ def test_numbers_that_are_none_or_infinite_do_not_reach_a_chart(tmp_path, partic
     assert not any(
         "nan" in value or "inf" in value for tag, name, value in page.attributes if name in ("points", "d", "x", "y", "cx", "y1")
     )
+
+
+@pytest.mark.parametrize("change", [
+    {"returns": "<script>"}, {"returns": [None]}, {"returns": [float("nan")]}, {"returns": [10**400]}, {"returns": 3}, {"returns": []},
+    {"coverage": [[1, 2, 3]]}, {"coverage": [["a", "b"]]}, {"coverage": 5}, {"frames": "many"}, {"unique_states": {}}, {"policy": None},
+    {"protocol": 3},
+])  # fmt: skip
+def test_results_whose_numbers_are_none_are_named_as_damaged(tmp_path, particles, change):
+    run = make_run(tmp_path / "run", filmed=False)
+    results = json.loads((run / "results.json").read_text())
+    results["evaluations"][0] |= change
+    (run / "results.json").write_text(json.dumps(results))
+    assert "results.json is damaged" in Page(report.report([run])).check_alone().words()
+
+
+@pytest.mark.parametrize("change", [
+    {"score": 1e308, "q_loss": -1e308}, {"seconds": float("nan"), "steps_per_second": float("inf")}, {"frames": "x"}, {"score": [1.0, 2.0]},
+    {"intrinsic_reward_quantiles": [1.0, 2.0]}, {"intrinsic_reward_quantiles": 3.0}, {"step": 0}, {"episodes": None, "updates": 10**30},
+])  # fmt: skip
+def test_a_line_that_cannot_be_drawn_leaves_the_others(tmp_path, particles, change):
+    runs = [make_run(tmp_path / name, lines=20, evaluated=False, filmed=False, seed=seed) for name, seed in (("a", 1), ("b", 2))]
+    lines = [json.loads(line) | change for line in (runs[0] / "metrics.jsonl").read_text().splitlines()]
+    (runs[0] / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for chosen in (runs[:1], runs):
+        Page(report.report(chosen, tmp_path / "out.html")).check_alone()
+
+
+def test_a_video_is_nothing_but_an_mp4_of_the_runs_own(tmp_path, particles):
+    """No link out of the folder, no playlist of other files, no picture of more pixels than memory holds."""
+    run = make_run(tmp_path / "run", evaluated=False, filmed=False)
+    make_video(tmp_path / "secret.mp4")
+    path, playlist = run / "videos" / "a.mp4", f"ffconcat version 1.0\nfile {tmp_path}/secret.mp4\n"
+    for make in (
+        lambda: path.symlink_to(tmp_path / "secret.mp4"),
+        lambda: path.symlink_to(path),
+        lambda: os.mkfifo(path),
+        path.mkdir,
+        lambda: path.write_text(playlist),
+        lambda: path.write_text("#EXTM3U\n#EXTINF:1,\nfile://" + str(tmp_path / "secret.mp4")),
+    ):
+        make()
+        page = Page(report.report([run])).check_alone()
+        assert "a.mp4 cannot be read" in page.words() and "video" not in page.seen
+        path.rmdir() if path.is_dir() else path.unlink()
+
+
+def test_a_video_of_too_many_pixels_is_left_out(tmp_path, particles, monkeypatch):
+    run = make_run(tmp_path / "run", evaluated=False)
+    monkeypatch.setattr(report, "VIDEO_PIXELS", 160 * 210 - 1)
+    assert "policy.mp4 cannot be read (160 x 210 pixels)" in Page(report.report([run])).check_alone().words()
+
+
+def test_a_page_goes_into_a_file_or_nowhere(tmp_path, particles):
+    run = make_run(tmp_path / "run", evaluated=False, filmed=False)
+    for out in ("/dev/null", tmp_path, "", "x" * 300, "/proc/x.html"):
+        with pytest.raises(UserError):
+            report.report([run], out)
+    assert not Path("/dev/null").is_file()
 
 
 def test_several_runs_side_by_side(tmp_path, particles, monkeypatch):
@@ -456,8 +525,8 @@ def test_a_page_that_fails_leaves_the_old_one(tmp_path, particles, monkeypatch):
     def full(file):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(report, "sync", full)
-    with pytest.raises(OSError):
+    monkeypatch.setattr("urlfast.run.sync", full)
+    with pytest.raises(UserError, match="No space left"):
         report.report([run])
     assert (run / "report.html").read_text() == before and not list(run.glob(".report*"))
 

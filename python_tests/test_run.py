@@ -4,15 +4,31 @@ import errno
 import io
 import json
 import os
+import resource
 import subprocess
 import sys
 from dataclasses import dataclass
+from typing import Literal
 
 import pytest
 import toy_run
 
 from urlfast import run as run_module
-from urlfast.run import Metrics, Progress, Run, UserError, flat, from_dict, human_bytes, human_time, read_metrics, write_json
+from urlfast.run import (
+    Metrics,
+    Progress,
+    Run,
+    UserError,
+    flat,
+    from_dict,
+    human_bytes,
+    human_time,
+    one_line,
+    open_plain,
+    read_json,
+    read_metrics,
+    write_json,
+)
 
 CONFIG = {"method": "toy", "domain": "corridor", "config": {"method": {}, "env": {}}}
 
@@ -49,6 +65,54 @@ def test_a_run_in_use_is_refused_and_free_once_its_process_was_killed(run, how):
         assert (run.folder / ".lock").read_text() == f"{os.getpid()}\n"
 
 
+def test_a_lock_is_no_way_out_of_the_folder(run, tmp_path):
+    (tmp_path / "precious").write_text("mine")
+    lock = run.folder / ".lock"
+    lock.symlink_to(tmp_path / "precious")
+    with pytest.raises(UserError, match=r"cannot write to .* is a link"), run.locked():
+        pass
+    assert (tmp_path / "precious").read_text() == "mine"
+    lock.unlink()
+    lock.write_bytes(b"\xff left by someone else")
+    with run.locked():
+        assert lock.read_text() == f"{os.getpid()}\n"
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "replay", "videos"])
+def test_a_run_whose_folders_lead_elsewhere_is_refused(run, tmp_path, name):
+    (run.folder / name).rmdir()
+    (run.folder / name).symlink_to(tmp_path)
+    with pytest.raises(UserError, match=f"{name} is not a folder but a link"):
+        Run.find(run.folder)
+
+
+def make_fifo(path):
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize("make, says", [
+    (make_fifo, "is not a plain file"), (os.mkdir, "not a plain file|Is a directory"),
+    (lambda path: path.symlink_to("/dev/zero"), "is a link"), (lambda path: path.symlink_to(path), "is a link"),
+])  # fmt: skip
+def test_what_is_not_a_plain_file_is_not_opened(run, make, says):
+    path = run.folder / "metrics.jsonl"
+    make(path)
+    for mode in ("rb", "ab"):
+        with pytest.raises(OSError, match=says if mode == "rb" else None):
+            open_plain(path, mode)
+    with pytest.raises(UserError, match=f"{path} cannot be read"):
+        read_metrics(run.folder)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "[" * 40 + "]" * 40, "\xff", "{"])
+def test_json_that_no_run_has_is_a_value_error(text, tmp_path):
+    (tmp_path / "config.json").write_text(text, encoding="latin-1")
+    with pytest.raises(ValueError):
+        read_json(tmp_path / "config.json")
+    with pytest.raises(UserError, match="is not a run of urlfast"):
+        Run(tmp_path).config  # noqa: B018
+
+
 def test_runs_of_one_second_have_folders_of_their_own(tmp_path):
     runs = [Run.create(tmp_path, "toy", {**CONFIG, "n": n}) for n in range(3)]
     assert len({run.folder for run in runs}) == 3
@@ -61,6 +125,9 @@ def test_a_run_is_found_by_path_and_by_name_and_an_unknown_one_is_answered_with_
     assert Run.find(run.name, runs).folder == run.folder
     with pytest.raises(UserError, match=f"did you mean '{run.name}'"):
         Run.find(run.name[:-1], runs)
+    for name in ("", "x" * 5000, "a\0b", "\udc80"):
+        with pytest.raises(UserError, match="no run "):
+            Run.find(name, runs)
 
 
 def test_what_a_resume_will_do_again_is_taken_from_the_logs(run):
@@ -77,6 +144,41 @@ def test_what_a_resume_will_do_again_is_taken_from_the_logs(run):
     board = EventAccumulator(str(run.folder)).Reload()
     assert [(point.step, point.value) for point in board.Scalars("score")] == [(10, 10.0), (20, 20.0), (30, -30.0)]
     assert [point.value for point in board.Scalars("quantiles/1")] == [2.0, 2.0, 4.0]
+
+
+def test_damaged_lines_are_left_out_and_numbers_alone_are_kept(run):
+    good = {"step": 10, "score": 1.5, "quantiles": [1.0, 2.0]}
+    lines = [
+        b"[3]",
+        b'"step"',
+        b'{"step": "10"}',
+        b'{"step": -1}',
+        b'{"step": 1e3}',
+        b'{"score": 2}',
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b"",
+        b"\0",
+    ]
+    damaged = {**good, "step": 20, "text": "<script>", "none": None, "deep": [[1]], "huge": 10**40, "object": {}, "on": True}
+    (run.folder / "metrics.jsonl").write_bytes(b"\n".join([*lines, json.dumps(good).encode(), json.dumps(damaged).encode(), *lines]))
+    assert read_metrics(run.folder) == [good, {**good, "step": 20}]
+    with Metrics(run.folder, 15):
+        assert (run.folder / "metrics.jsonl").read_text() == json.dumps(good) + "\n"
+
+
+def test_points_are_written_whole_or_refused(tmp_path):
+    """Where a limit or the end of the disk lies within a write, a file of Python's writes a part, and raises at the next one."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with run_module.WholeWrites(tmp_path / "events", "x") as file:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+        try:
+            assert file.write(b"x" * 600) == 600
+            with pytest.raises(OSError) as error:
+                file.write(b"x" * 600)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert error.value.errno in run_module.FULL_DISK
 
 
 def test_a_json_file_is_replaced_whole_or_not_at_all(tmp_path):
@@ -109,6 +211,44 @@ def test_a_config_comes_back_from_json():
     assert flat(config) == {"lr": 0.2, "widths": ((5, 6),), "env.lr": 0.1, "env.widths": ((1, 2), (3, 4)), "num-envs": 4}
     with pytest.raises(UserError, match="unknown option 'num_env' of Outer, did you mean 'num_envs'"):
         from_dict(Outer(), {"num_env": 3})
+
+
+@dataclass(frozen=True)
+class Typed:
+    count: int = 1
+    rate: float = 0.5
+    clip: float | None = 1.0
+    name: str = "a"
+    on: bool = True
+    kind: Literal["x", "y"] = "x"
+    widths: tuple[int, ...] = (1,)
+    inner: Inner = Inner()
+
+    def __post_init__(self):
+        if self.count < 0:
+            raise ValueError(f"count: must be at least 0, got {self.count}")
+
+
+@pytest.mark.parametrize("option, values", [
+    ("count", [-1, 1.0, True, "1", None, 10**30, [1], {}, float("nan")]),
+    ("rate", ["x", True, None, float("nan"), float("inf"), 10**400, [0.5]]),
+    ("clip", ["x", False, float("nan"), [], {}]),
+    ("name", [1, None, ["a"], {}]),
+    ("on", [1, "true", None]),
+    ("kind", ["z", 1, ["x"], None]),
+    ("widths", [1, "12", [1.0], [[1]], {"0": 1}, [None]]),
+    ("inner", [1, [], "x", {"lr": "x"}, {"widths": [[1]]}, {"more": 1}]),
+])  # fmt: skip
+def test_a_value_of_another_type_or_range_is_one_line_that_names_the_option(option, values):
+    assert from_dict(Typed(), {"clip": None, "rate": 2, "widths": []}) == Typed(clip=None, rate=2, widths=())
+    for value in values:
+        with pytest.raises(UserError, match=rf"config\.json: (unknown option )?'?({option}|lr|widths|more)"):
+            from_dict(Typed(), {option: value})
+
+
+def test_an_error_is_one_line_whatever_it_quotes():
+    assert one_line("a\n\tb\x1b[31m \udc80 é\0") == "a b\\x1b[31m \\udc80 é\\x00"
+    assert len(one_line("x" * 10**6)) <= 1000
 
 
 def test_units():

@@ -6,6 +6,9 @@
     RUN/replay/                        append-only segments: each checkpoint adds what is new since the one before
 
 A checkpoint is written under a name that begins with a dot, synced, and renamed: after a kill or a power cut it is there or it is not.
+
+Checksums find damage. Against a forged one, whose checksums are right, stand the checks of what the files say: nothing of it is executed,
+takes more memory than the files have bytes, or leads out of the run's folder.
 """
 
 from __future__ import annotations
@@ -15,8 +18,12 @@ import io
 import json
 import os
 import pickle
+import pickletools
+import re
 import shutil
-from contextlib import suppress
+import struct
+import zipfile
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,9 +31,15 @@ import numpy as np
 import torch
 
 from urlfast import SequenceReplay
-from urlfast.run import FULL_DISK, UserError, nearest, sync, sync_folder, versions
+from urlfast.run import UserError, nearest, one_line, open_plain, read_json, sync, sync_folder, versions
 
 FORMAT = 1
+CHECKPOINT = re.compile(r"step-[0-9]{9,18}")
+SEGMENT = re.compile(r"(rows|state)-[0-9]{6,}-[0-9a-f]{12}\.bin")
+DIGEST = re.compile(r"[0-9a-f]{64}")
+REBUILD = re.compile(r"torch\._utils _rebuild_tensor_v2|torch \w+Storage|collections OrderedDict")  # all that `plain` needs called
+# What torch and our own code raise over values that are not what was saved.
+MISFITS = (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError, OverflowError, AssertionError, MemoryError)
 
 
 class Refused(Exception):
@@ -43,9 +56,22 @@ class Checkpoint:
     segments: dict[str, str] | None = None  # name -> sha256
 
     def load_replay(self, *, read_only: bool = False) -> SequenceReplay:
-        """The replay as it was when this was saved; its files must have been verified."""
+        """The replay as it was when this was saved; its files must have been verified. Raises UserError where it does not fit in memory."""
         assert self.segments is not None
-        return SequenceReplay.load(self.folder.parent.parent / "replay", manifest=self.folder / "replay.json", read_only=read_only)
+        with self.fitting("replay.json"):
+            saved = read_json(self.folder / "replay.json")
+            if {part["file"] for part in [*saved["segments"], saved["state"]]} != self.segments.keys():
+                raise ValueError("it names other segments than the manifest")
+            return SequenceReplay.load(self.folder.parent.parent / "replay", manifest=self.folder / "replay.json", read_only=read_only)
+
+    @contextmanager
+    def fitting(self, file: str = "state.pt"):
+        """Loading what this checkpoint holds: what does not fit the run's config is one line, not a traceback."""
+        try:
+            yield
+        except (*MISFITS, OSError) as error:
+            says = error if isinstance(error, (ValueError, RuntimeError, MemoryError, OSError)) else repr(error)
+            raise UserError(f"{self.folder / file} does not fit this run: {one_line(says, 300)}") from error
 
 
 def plain(value):
@@ -65,11 +91,15 @@ def plain(value):
 
 def checkpoints(run: str | Path) -> list[Path]:
     """The checkpoints in a run's folder, newest first; nothing is read."""
-    return sorted(Path(run).glob("checkpoints/step-*"), key=step_of, reverse=True)
+    return sorted(filter(_is_named, Path(run).glob("checkpoints/step-*")), key=step_of, reverse=True)
+
+
+def _is_named(path: Path) -> bool:
+    return CHECKPOINT.fullmatch(path.name.removeprefix(".refused-")) is not None
 
 
 def step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step-"))
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def read(checkpoint: str | Path, *, replay: bool = False) -> Checkpoint:
@@ -78,7 +108,11 @@ def read(checkpoint: str | Path, *, replay: bool = False) -> Checkpoint:
     Raises Refused, with the name of the file that is not what was written.
     """
     checkpoint = Path(checkpoint)
+    if checkpoint.is_symlink():
+        raise Refused(f"{checkpoint} is a link")
     manifest = _read_manifest(checkpoint / "manifest.json")
+    if manifest["step"] != step_of(checkpoint):
+        raise Refused(f"{checkpoint} is not that of step {manifest['step']:,}, of which its manifest is")
     for name, digest in manifest["files"].items():
         _verify(checkpoint / name, digest)
     segments = None
@@ -86,11 +120,42 @@ def read(checkpoint: str | Path, *, replay: bool = False) -> Checkpoint:
         segments = manifest["segments"]
         for name, digest in segments.items():
             _verify(checkpoint.parent.parent / "replay" / name, digest)
+    return Checkpoint(checkpoint, manifest["step"], _read_state(checkpoint / "state.pt"), segments)
+
+
+def _read_state(path: Path) -> dict:
     try:
-        state = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise Refused(f"{checkpoint}/state.pt is not a checkpoint of urlfast ({str(error).splitlines()[0]})") from None
-    return Checkpoint(checkpoint, manifest["step"], state, segments)
+        _check_archive(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        _check_tensors(state, set())
+        if not isinstance(state, dict):
+            raise ValueError(f"a {type(state).__name__}")
+        return state
+    except (*MISFITS, pickle.UnpicklingError, EOFError, OSError, struct.error, zipfile.BadZipFile, NotImplementedError) as error:
+        raise Refused(f"{path} is not a checkpoint of urlfast ({one_line(error, 200)})") from None
+
+
+def _check_archive(path: Path) -> None:
+    """Raises ValueError where torch.load would take more memory than the file has bytes."""
+    with zipfile.ZipFile(path) as archive:
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise ValueError("compressed")
+        for name in archive.namelist():
+            if name.endswith("data.pkl"):
+                for code, argument, _ in pickletools.genops(archive.read(name)):
+                    if code.name in ("GLOBAL", "STACK_GLOBAL", "INST") and not REBUILD.fullmatch(str(argument)):
+                        raise ValueError(f"it would call {argument}")
+
+
+def _check_tensors(value, seen: set[int]) -> None:
+    """Raises ValueError for a tensor that says it is larger than what is stored of it."""
+    if isinstance(value, torch.Tensor):
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise ValueError(f"a tensor of shape {list(value.shape)} has {value.untyped_storage().nbytes():,} bytes")
+    elif isinstance(value, (dict, list, tuple)) and id(value) not in seen:
+        seen.add(id(value))
+        for entry in value.values() if isinstance(value, dict) else value:
+            _check_tensors(entry, seen)
 
 
 def read_latest(run: str | Path, *, replay: bool = False, say=print) -> Checkpoint:
@@ -129,19 +194,19 @@ class Checkpoints:
         self.keep = keep
         self.step = loaded.step if loaded else None  # of the newest one
         self._segments = dict(loaded.segments or {}) if loaded else {}
-        for path in self.run.glob("checkpoints/.*.tmp"):  # of a process that was killed while it wrote
-            shutil.rmtree(path)
+        for path in self.run.glob("checkpoints/.step-*.tmp"):  # of a process that was killed while it wrote
+            _remove(path)
         for path in checkpoints(run):
             if loaded is None or step_of(path) > loaded.step:
                 aside = path.with_name(f".refused-{path.name}")
-                shutil.rmtree(aside, ignore_errors=True)
+                _remove(aside)
                 path.rename(aside)
                 print(f"what was refused is kept as {aside}, until {keep} newer checkpoints are there", flush=True)
 
     def save(self, step: int, state: dict, replay) -> None:
         """Writes the checkpoint of `step`, then removes those that are too old, and the segments that none of the kept ones needs.
 
-        Raises UserError when the disk is full: what was there before is still there, and nothing half written is.
+        Raises UserError when it cannot be written, the disk being full: what was there before is still there, and nothing half written is.
         """
         final = self.run / "checkpoints" / f"step-{step:09d}"
         temporary = final.with_name(f".{final.name}.tmp")
@@ -159,10 +224,8 @@ class Checkpoints:
             temporary.rename(final)
             sync_folder(final.parent)
         except OSError as error:
-            if error.errno not in FULL_DISK:
-                raise
             kept = f"that of step {self.step:,} is whole" if self.step is not None else "there is none yet"
-            raise UserError(f"{self.run}: {error.strerror}; the checkpoint of step {step:,} was not written, {kept}") from None
+            raise UserError(f"{self.run}: {error.strerror or error}; the checkpoint of step {step:,} was not written, {kept}") from None
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         self.step, self._segments = step, segments
@@ -173,17 +236,25 @@ class Checkpoints:
         for path in checkpoints(self.run)[self.keep :]:
             doomed = path.with_name(f".{path.name}.tmp")  # half removed, it must not look like a checkpoint
             path.rename(doomed)
-            shutil.rmtree(doomed)
-        for path in self.run.glob("checkpoints/.refused-step-*"):
-            if len(kept) == self.keep and int(path.name.removeprefix(".refused-step-")) < step_of(kept[-1]):
-                shutil.rmtree(path)
-        needed = {"manifest.json"}
+            _remove(doomed)
+        for path in filter(_is_named, self.run.glob("checkpoints/.refused-step-*")):
+            if len(kept) == self.keep and step_of(path) < step_of(kept[-1]):
+                _remove(path)
+        needed = set()
         for path in kept:
             with suppress(Refused):  # damaged since: it needs nothing any more
                 needed.update(_read_manifest(path / "manifest.json")["segments"])
         for path in (self.run / "replay").iterdir():
-            if path.name not in needed:
-                path.unlink()
+            if SEGMENT.fullmatch(path.name.removeprefix(".")) and path.name not in needed:
+                _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Whatever is there, itself and not what it links to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _write(path: Path, data) -> str:
@@ -194,7 +265,7 @@ def _write(path: Path, data) -> str:
 
 
 def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
+    with open_plain(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -213,12 +284,21 @@ def _verify(path: Path, digest: str) -> None:
 
 def _read_manifest(path: Path) -> dict:
     try:
-        manifest = json.loads(path.read_bytes())
-        own = manifest.pop("sha256")
-        if manifest["format"] > FORMAT:
-            raise Refused(f"{path} has format {manifest['format']}, of urlfast {manifest['urlfast']}; this one reads up to {FORMAT}")
+        manifest = read_json(path)
+        own, form = manifest.pop("sha256"), manifest["format"]
+        if type(form) is int and form > FORMAT:
+            raise Refused(f"{path} has format {form}, of urlfast {manifest['urlfast']!r}; this one reads up to {FORMAT}")
         if own != _own_digest(manifest):
             raise Refused(f"{path} is not what was written: its checksum differs")
+        files, segments = manifest["files"], manifest["segments"]
+        named = files.keys() == {"state.pt", "replay.json"} and all(map(SEGMENT.fullmatch, segments))
+        if (
+            form != FORMAT
+            or not named
+            or not all(map(DIGEST.fullmatch, [*files.values(), *segments.values()]))
+            or type(manifest["step"]) is not int
+        ):
+            raise ValueError
     except OSError as error:
         raise Refused(f"{path} cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, TypeError, AttributeError):

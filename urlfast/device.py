@@ -59,8 +59,16 @@ def adam(parameters: list[Tensor], lr: float, eps: float, device: torch.device) 
     """Adam in one kernel for all parameters, its step count on the device so that it can be captured."""
     capturable = device.type == "cuda"
     optim = torch.optim.Adam(parameters, lr=lr, eps=eps, fused=True, capturable=capturable)
-    # A state of another device brings its flag along.
-    optim.register_load_state_dict_post_hook(lambda optim: [group.update(capturable=capturable) for group in optim.param_groups])
+    own = {name: value for name, value in optim.param_groups[0].items() if name != "params"}
+
+    def loaded(optim) -> None:
+        optim.param_groups[0].update(own)  # a state of another device brings its flag along
+        for parameter, values in optim.state.items():
+            shapes = {name: tuple(value.shape) for name, value in values.items()}
+            if shapes != {"step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}:
+                raise ValueError(f"optimizer: the state of a parameter of shape {list(parameter.shape)} has {shapes}")
+
+    optim.register_load_state_dict_post_hook(loaded)
     return optim
 
 

@@ -30,7 +30,7 @@ import tyro
 from urlfast import stats
 from urlfast.checkpoint import read_at, read_latest
 from urlfast.info import hardware
-from urlfast.run import Run, UsageError, command, versions, write_json
+from urlfast.run import Run, UsageError, command, read_json, versions, write_json
 from urlfast.train import DOMAINS, load, make_method, refusals
 
 VIDEO_SECONDS = 120
@@ -58,6 +58,8 @@ class EvaluateConfig:
         for name, least in dict(episodes=1, num_envs=1, seed=0).items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: must be at least {least}, got {getattr(self, name)}")
+            if getattr(self, name) >= 2**31:
+                raise ValueError(f"{name}: must be less than 2^31, got {getattr(self, name)}")
         if not 0 <= self.epsilon <= 1:
             raise ValueError(f"epsilon: must lie in 0..1, got {self.epsilon}")
 
@@ -86,7 +88,7 @@ def play(
     watch: called before each action of the first episode of environment 0.
     """
     began, played, seen, places = time.monotonic(), Played(), set(), set()
-    share = np.array([len(part) for part in np.array_split(np.arange(episodes), env.num_envs)])
+    share = episodes // env.num_envs + (np.arange(env.num_envs) < episodes % env.num_envs)
     finished = np.zeros(env.num_envs, np.int64)
     step = env.reset(seed)
     while True:
@@ -145,6 +147,7 @@ class Video:
 
     def __enter__(self):
         self.path.parent.mkdir(exist_ok=True)
+        self._temporary.unlink(missing_ok=True)
         self._container = av.open(str(self._temporary), "w", format="mp4")
         self._stream = self._container.add_stream("libx264", rate=self.fps, options={"crf": "20"})
         self._stream.pix_fmt = "yuv420p"
@@ -193,7 +196,8 @@ def measure(run: Run, options: EvaluateConfig) -> None:
         env = DOMAINS[domain](config.env, num_envs=min(options.num_envs, options.episodes), evaluation=True, seed=options.seed)
     with closing(env):
         agent = make_method(method, replace(config, device=options.device), env)
-        agent.load_state_dict(checkpoint.state["method"])
+        with checkpoint.fitting():
+            agent.load_state_dict(checkpoint.state["method"])
         print(f"{run.folder}, step {checkpoint.step:,}: {options.episodes} episodes of {game} by each policy", flush=True)
         random = np.random.default_rng(options.seed)
         policy = greedy(agent, options.epsilon, env.num_actions, random)
@@ -247,9 +251,9 @@ def write_results(run: Run, saved: dict, config, entries: list[dict]) -> None:
     """results.json keeps earlier evaluations, but for those of the same policy at the same step by the same protocol."""
     path = run.folder / "results.json"
     try:
-        before = json.loads(path.read_text())["evaluations"] if path.exists() else []
-    except (ValueError, KeyError, TypeError):
-        before = []  # damaged: written anew
+        before = [entry for entry in read_json(path)["evaluations"] if isinstance(entry, dict)]
+    except (OSError, ValueError, KeyError, TypeError):
+        before = []  # there is none yet, or it is damaged and written anew
 
     def key(entry: dict) -> tuple:
         return entry.get("policy"), entry.get("step"), json.dumps(entry.get("protocol"), sort_keys=True)

@@ -6,15 +6,18 @@ results.json (`urlfast evaluate`), videos/, and the newest valid checkpoint with
 
 from __future__ import annotations
 
-import json
+import io
 import math
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from html import escape
+from itertools import islice
+from numbers import Real
 from pathlib import Path
 from typing import Annotated
 
@@ -23,7 +26,7 @@ import tyro
 
 from urlfast import __version__, stats
 from urlfast.figures import Chart, data_url, extent, png, short, smooth, thin
-from urlfast.run import Run, UserError, command, human_bytes, human_time, read_metrics, sync, sync_folder
+from urlfast.run import Run, UserError, command, human_bytes, human_time, open_plain, read_json, read_metrics, replacing
 
 LEARNERS = {"drq": "DrQ"}  # on the environment's own reward
 METHODS = {"apt": "APT"} | LEARNERS
@@ -42,6 +45,7 @@ RARE = 0.05  # fraction of the particles that counts as the rarest
 EXTREMES = 8  # frames shown at each end of the reward
 NBSP = "\u00a0"
 VIDEO_LIMIT = 48_000_000  # bytes; base64 adds a third
+VIDEO_PIXELS = 4_000_000  # of a frame
 
 
 @dataclass(frozen=True)
@@ -116,7 +120,8 @@ class Story:
     def repeat(self) -> float:
         """Frames of one agent step."""
         steps, frames = self.last("step"), self.last("frames")
-        return frames / steps if steps and frames else float((self.options.get("env") or {}).get("frame_skip", 1))
+        skip = (self.options.get("env") or {}).get("frame_skip", 1)
+        return frames / steps if steps and frames else float(skip) if _plottable(skip) else 1.0
 
     def last(self, name, default=None):
         steps, values = self.metrics.get(name, ((), ()))
@@ -124,7 +129,7 @@ class Story:
 
     def evaluation(self, policy) -> dict | None:
         """The last evaluation of a policy, never the best one; of several at one step, the one of most episodes."""
-        found = [e for e in (self.results or {}).get("evaluations", ()) if e.get("policy") == policy and e.get("returns")]
+        found = [e for e in (self.results or {}).get("evaluations", ()) if e["policy"] == policy]
         return sorted(found, key=lambda e: (e.get("frames") or 0, len(e["returns"])))[-1] if found else None
 
     @property
@@ -144,12 +149,12 @@ def read(folder: str | Path) -> Story:
     evaluate = f"urlfast evaluate {run.folder}"
     path = run.folder / "results.json"
     try:
-        story.results = json.loads(path.read_text())
+        story.results = {"evaluations": list(map(_evaluation, read_json(path)["evaluations"]))}
     except FileNotFoundError:
         story.lacks["results"] = f"Not evaluated yet: {evaluate} plays the policy and a random one by the protocol."
-    except ValueError as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         story.lacks["results"] = f"results.json is damaged ({error}); {evaluate} writes it anew."
-    videos = sorted((run.folder / "videos").glob("[!.]*.mp4"), key=lambda file: (file.stat().st_mtime, file.name))
+    videos = sorted((run.folder / "videos").glob("[!.]*.mp4"), key=lambda file: (file.lstat().st_mtime, file.name))
     if videos:
         story.video = videos[-1]
     else:
@@ -161,15 +166,36 @@ def read(folder: str | Path) -> Story:
     return story
 
 
+COUNTS = ("frames", "unique_states", "unique_places", "frames_of_unique_states")
+
+
+def _evaluation(entry: dict) -> dict:
+    """An entry of results.json; ValueError where a number that is drawn is none."""
+    returns, coverage = entry["returns"], [*(entry.get("coverage") or []), *(entry.get("places") or [])]
+    counted = [entry[name] for name in COUNTS if entry.get(name) is not None]
+    numbers = [*returns, *counted, *(number for point in coverage for number in point)]
+    if not 0 < len(returns) <= 100_000 or not all(map(_plottable, numbers)) or any(len(point) != 2 for point in coverage):
+        raise ValueError("an evaluation whose numbers are none")
+    if not isinstance(entry["policy"], str) or not isinstance(entry.get("protocol", {}), dict):
+        raise ValueError("an evaluation of no policy, or by no protocol")
+    return entry
+
+
+def _plottable(value) -> bool:
+    """Finite, and so far from the end of float64 that no axis ends beyond it."""
+    return isinstance(value, Real) and not isinstance(value, bool) and abs(value) < 1e30
+
+
 def _columns(lines: list[dict]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """What of the log can be drawn: numbers, and as many quantiles as there should be."""
     columns: dict[str, tuple[list, list]] = {}
     for line in lines:
-        for name, value in line.items() if isinstance(line, dict) and "step" in line else ():
-            if isinstance(value, int | float | list):
+        for name, value in line.items():
+            numbers = value if isinstance(value, list) else [value]
+            if len(numbers) == (5 if name == "intrinsic_reward_quantiles" else 1) and all(map(_plottable, numbers)):
                 steps, values = columns.setdefault(name, ([], []))
-                if not values or np.shape(value) == np.shape(values[0]):
-                    steps.append(line["step"])
-                    values.append(value)
+                steps.append(line["step"])
+                values.append(numbers if len(numbers) > 1 else numbers[0])
     return {name: (np.asarray(steps, np.float64), np.asarray(values, np.float64)) for name, (steps, values) in columns.items()}
 
 
@@ -184,16 +210,19 @@ def load_particles(run: Run, count: int = PARTICLES) -> Particles | None:
     import torch
 
     from urlfast.checkpoint import read_latest
-    from urlfast.train import DOMAINS, load, make_method
+    from urlfast.train import DOMAINS, check_replay, load, make_method, refusals
 
     checkpoint = read_latest(run.folder, replay=True, say=lambda text: print(text, file=sys.stderr))
     replay = checkpoint.load_replay(read_only=True)
     if replay.sampleable < BATCH:
         raise UserError(f"the checkpoint of step {checkpoint.step:,} holds only {replay.sampleable} transitions")
     name, domain, config = load(run.config)
-    with closing(DOMAINS[domain](config.env, num_envs=1)) as env:
+    with refusals(), closing(DOMAINS[domain](config.env, num_envs=1)) as env:
         method, channels = make_method(name, replace(config, device="auto"), env), env.frame_shape[0]
-    method.load_state_dict(checkpoint.state["method"])
+        with checkpoint.fitting("replay.json"):
+            check_replay(replay, method, replay.num_streams)
+    with checkpoint.fitting():
+        method.load_state_dict(checkpoint.state["method"])
     drawn = {}  # a transition that is drawn twice would be its own neighbour
     for _ in range(0, count, BATCH):
         batch = replay.sample(BATCH)
@@ -201,7 +230,7 @@ def load_particles(run: Run, count: int = PARTICLES) -> Particles | None:
             index: o.copy() for index, o in zip(batch.indices.tolist(), batch.next_observation, strict=True)
         }  # the reward is paid for s'
     observation = np.stack(list(drawn.values()))
-    with torch.no_grad():
+    with torch.no_grad(), refusals():  # a network that has diverged
         reward, z = method.intrinsic_reward(torch.from_numpy(observation).to(method.device))
     frames = None
     if observation.ndim == 4 and channels in (1, 3):
@@ -219,7 +248,7 @@ def title(story: Story) -> str:
 
 def number(value, digits=3) -> str:
     """1234.5 -> '1,234'; small numbers keep `digits` significant ones."""
-    if value is None or not math.isfinite(value):
+    if not isinstance(value, Real) or not abs(value) < 1e300:
         return "n/a"
     text = f"{value:,.0f}" if abs(value) >= 1000 or float(value).is_integer() else f"{value:.{digits}g}"
     return text.replace("-", "−")
@@ -261,8 +290,8 @@ COUNTED = {
 
 def _coverage(evaluation: dict | None) -> np.ndarray | None:
     evaluation = evaluation or {}
-    points = np.asarray(evaluation.get("places") or evaluation.get("coverage") or [], np.float64)
-    return points if points.ndim == 2 and points.shape[1] == 2 and len(points) else None
+    points = evaluation.get("places") or evaluation.get("coverage")
+    return np.asarray(points, np.float64) if points else None
 
 
 def trend(story: Story, name: str) -> tuple[float, float] | None:
@@ -505,11 +534,7 @@ def coverage(story: Story) -> str:
 
 def progress_of_evaluations(story: Story) -> str:
     """Evaluated score against training, where a run was evaluated more than once."""
-    found = [
-        e
-        for e in (story.results or {}).get("evaluations", ())
-        if e.get("policy") == "agent" and e.get("returns") and e.get("frames") is not None
-    ]
+    found = [e for e in (story.results or {}).get("evaluations", ()) if e["policy"] == "agent" and e.get("frames") is not None]
     found.sort(key=lambda e: e["frames"])
     if len({e["frames"] for e in found}) < 2:
         return ""
@@ -641,21 +666,30 @@ def _names(count: int) -> list[str]:
 def video(story: Story) -> str:
     if story.video is None:
         return ""
-    size = story.video.stat().st_size
-    if size > VIDEO_LIMIT:
-        return f'<p class="missing">The video takes {human_bytes(size)}, too much to carry in this page: {escape(str(story.video))}</p>'
+    try:
+        with open_plain(story.video) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > VIDEO_LIMIT:
+                says = f"The video takes {human_bytes(size)}, too much to carry in this page: {story.video}"
+                return f'<p class="missing">{escape(says)}</p>'
+            content = file.read()
+    except OSError as error:
+        return f'<p class="missing">{escape(f"{story.video} cannot be read ({error.strerror}).")}</p>'
     import av
 
     try:
-        with av.open(str(story.video)) as container:
+        with av.open(io.BytesIO(content), format="mp4") as container:  # no other format, which might name other files to be read
             stream = container.streams.video[0]
-            frames = [frame.to_ndarray(format="rgb24") for _, frame in zip(range(45), container.decode(stream), strict=False)]
             width, height = stream.codec_context.width, stream.codec_context.height
+            if not 0 < width * height <= VIDEO_PIXELS:
+                raise ValueError(f"{width} x {height} pixels")
+            stream.codec_context.options = {"max_pixels": str(VIDEO_PIXELS)}
+            shown = deque(islice(container.decode(stream), 45), maxlen=1)
+            poster = [f' poster="{png(np.ascontiguousarray(frame.to_ndarray(format="rgb24")))}"' for frame in shown]
             seconds = (container.duration or 0) / av.time_base
-    except (av.FFmpegError, IndexError) as error:
+    except (av.FFmpegError, IndexError, ValueError, OverflowError) as error:
         return f'<p class="missing">{escape(f"{story.video} cannot be read ({error}).")}</p>'
-    poster = f' poster="{png(np.ascontiguousarray(frames[-1]))}"' if frames else ""
-    source = f'width="{width}" height="{height}"{poster} src="{data_url(story.video.read_bytes(), "video/mp4")}"'
+    source = f'width="{width}" height="{height}"{"".join(poster)} src="{data_url(content, "video/mp4")}"'
     caption = f"The first evaluation episode, {human_time(seconds)} of it, at the speed of the game ({story.video.name})."
     return f"<figure><video controls autoplay loop muted playsinline {source}></video><figcaption>{escape(caption)}</figcaption></figure>"
 
@@ -1001,19 +1035,15 @@ def report(runs: Sequence[str | Path], out: str | Path | None = None) -> Path:
     if not runs:
         raise UserError("RUN: name at least one run's folder")
     stories = [read(run) for run in runs]
-    path = Path(out) if out else stories[0].folder / "report.html" if len(stories) == 1 else Path("report.html")
-    if not path.parent.is_dir():
-        raise UserError(f"--out: {path.parent} is no folder")
-    content = page(stories)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    path = Path(out) if out is not None else stories[0].folder / "report.html" if len(stories) == 1 else Path("report.html")
+    content = page(stories).encode("utf-8", "backslashreplace").decode()
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
+        if path.exists() and not path.is_file():
+            raise UserError(f"--out: {path} is not a file")
+        with replacing(path) as file:
             file.write(content)
-            sync(file)
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}" if path.parent.is_dir() else f"--out: {path.parent} is no folder") from None
     return path
 
 

@@ -14,9 +14,12 @@ from __future__ import annotations
 import difflib
 import errno
 import fcntl
+import io
 import json
 import math
 import os
+import reprlib
+import stat
 import sys
 import tempfile
 import time
@@ -26,10 +29,13 @@ from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import UnionType
+from typing import Literal, Union, get_args, get_origin, get_type_hints
 
 from urlfast import __version__
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+JSON_BYTES, JSON_DEPTH = 64_000_000, 32  # more than any file of a run has
 
 
 class UserError(Exception):
@@ -42,22 +48,31 @@ class UsageError(UserError):
 
 def command(name: str, main: Callable[[list[str]], int | None], argv: Sequence[str] | None) -> None:
     """Runs `urlfast <name>`: a foreseen error is one line and exit status 1 (2 for the command line), and a bug shows its traceback."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # a name may hold what the terminal's encoding lacks
     try:
         status = main(list(sys.argv[1:] if argv is None else argv))
     except UserError as error:
-        print(f"urlfast {name}: {error}", file=sys.stderr)
+        print(f"urlfast {name}: {one_line(error)}", file=sys.stderr)
         status = 2 if isinstance(error, UsageError) else 1
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         status = 1
     except OSError as error:
-        if error.errno not in FULL_DISK:
+        if error.errno not in FULL_DISK and error.filename is None:
             raise
-        print(f"urlfast {name}: {error.strerror}: {error.filename or 'while writing'}", file=sys.stderr)
+        print(one_line(f"urlfast {name}: {error.strerror}: {error.filename or 'while writing'}"), file=sys.stderr)
         status = 1
     except KeyboardInterrupt:  # where no checkpoint is due
         status = 130
     sys.exit(status)
+
+
+def one_line(text, limit: int = 1000) -> str:
+    """`text` in one line of at most `limit` characters: without line breaks, or anything else that a terminal would act on."""
+    text = " ".join(str(text).split())
+    if len(text) > limit:
+        text = f"{text[: limit // 2]} … {text[-limit // 2 + 3 :]}"
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -70,18 +85,63 @@ def nearest(name: str, known: Iterable[str]) -> str:
 # Files ---------------------------------------------------------------------------------------------------------------
 
 
-def write_json(path: Path, value) -> None:
-    """Writes `path` whole or not at all: a temporary name, synced, renamed."""
+def open_plain(path: Path, mode: str = "rb", **options):
+    """`open` for the files of a run: OSError for a link, which may lead out of its folder, and for what may wait or never end."""
+
+    def opener(name, flags):
+        try:
+            descriptor = os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            says = "is a link" if error.errno == errno.ELOOP else error.strerror
+            raise OSError(error.errno, says, str(path)) from None
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise OSError(errno.EINVAL, "is not a plain file", str(path))
+        return descriptor
+
+    return open(path, mode, opener=opener, **options)
+
+
+@contextmanager
+def replacing(path: Path):
+    """A text file that becomes `path`, whole or not at all: a temporary name, synced, renamed."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.unlink(missing_ok=True)
     try:
-        with open(temporary, "w") as file:
-            json.dump(value, file, indent=1)
-            file.write("\n")
+        with open(temporary, "x", encoding="utf-8") as file:
+            yield file
             sync(file)
         os.replace(temporary, path)
         sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value) -> None:
+    """Writes `path` whole or not at all."""
+    with replacing(path) as file:
+        json.dump(value, file, indent=1)
+        file.write("\n")
+
+
+def read_json(path: Path):
+    """What a file of a run holds. OSError where it cannot be read, ValueError where it is no JSON, or larger or deeper than a run's."""
+    with open_plain(path) as file:
+        data = file.read(JSON_BYTES + 1)
+    if len(data) > JSON_BYTES:
+        raise ValueError(f"larger than {human_bytes(JSON_BYTES)}")
+    try:
+        value = json.loads(data)
+        if _depth(value) <= JSON_DEPTH:
+            return value
+    except RecursionError:
+        pass
+    raise ValueError("nested too deeply")
+
+
+def _depth(value) -> int:
+    entries = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return 1 + max(map(_depth, entries), default=0)
 
 
 def sync(file) -> None:
@@ -102,11 +162,14 @@ def sync_folder(folder: Path) -> None:
 def check_writable(runs: str | Path) -> None:
     """Makes the folder in which runs make their own. Raises UserError where that, or writing there, is not possible."""
     try:
+        str(runs).encode()  # as the native core takes a path
         Path(runs).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=runs, prefix="."):
             pass
-    except OSError as error:
-        raise UserError(f"--runs: cannot write to {runs}: {error.strerror}") from None
+    except UnicodeEncodeError:
+        raise UserError(f"--runs: must be UTF-8, got {str(runs)!r}") from None
+    except (OSError, RecursionError) as error:  # pathlib makes one of a thousand folders within each other by recursion
+        raise UserError(f"--runs: cannot write to {runs}: {getattr(error, 'strerror', 'too many folders')}") from None
 
 
 def human_bytes(count: float) -> str:
@@ -132,20 +195,48 @@ def human_time(seconds: float) -> str:
 
 
 def from_dict(default, values: dict):
-    """`default`, a dataclass, with its fields replaced by those of `asdict` read back from JSON."""
-    names = {field.name for field in fields(default)}
-    for name in values:
-        if name not in names:
-            raise UserError(f"config.json: unknown option {name!r} of {type(default).__name__}{nearest(name, names)}")
-    return replace(default, **{name: _like(getattr(default, name), value) for name, value in values.items()})
+    """`default`, a dataclass, with its fields replaced by those of `asdict` read back from JSON. Raises UserError for what does not fit."""
+    known = get_type_hints(type(default))
+    new = {}
+    for name, value in values.items():
+        if name not in known:
+            raise UserError(f"config.json: unknown option {name!r} of {type(default).__name__}{nearest(name, known)}")
+        before = getattr(default, name)
+        if is_dataclass(before) and isinstance(value, dict):
+            new[name] = from_dict(before, value)
+            continue
+        try:
+            new[name] = _like(type(before) if is_dataclass(before) else known[name], value)
+        except TypeError as error:
+            raise UserError(f"config.json: {name}: {error}, got {reprlib.repr(value)}") from None
+    try:
+        return replace(default, **new)
+    except ValueError as error:
+        raise UserError(f"config.json: {error}") from None
 
 
-def _like(default, value):
-    if is_dataclass(default):
-        if not isinstance(value, dict):
-            raise UserError(f"config.json: {value!r} is no {type(default).__name__}")
-        return from_dict(default, value)
-    return tuple(_like(None, entry) for entry in value) if isinstance(value, list) else value
+def _like(kind, value):
+    """`value`, as JSON holds it, as an option of the type `kind`; raises TypeError where it is of another."""
+    origin, kinds = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        for alternative in kinds:
+            try:
+                return _like(alternative, value)
+            except TypeError:
+                continue
+    elif origin is Literal:
+        if isinstance(value, str) and value in kinds:
+            return value
+    elif origin is tuple:
+        if isinstance(value, list) and (kinds[-1] is Ellipsis or len(kinds) == len(value)):
+            return tuple(_like(kinds[0] if kinds[-1] is Ellipsis else kinds[i], entry) for i, entry in enumerate(value))
+    elif kind is float:
+        if type(value) in (int, float) and abs(value) < 1e308:  # neither NaN nor infinity
+            return value
+    elif type(value) is kind and (kind is not int or abs(value) < 2**63):
+        return value
+    says = f"one of {', '.join(kinds)}" if origin is Literal else getattr(kind, "__name__", kind) if origin is None else kind
+    raise TypeError(f"must be {says}")
 
 
 def flat(config, prefix: str = "") -> dict:
@@ -202,19 +293,31 @@ class Run:
     def find(name: str | Path, runs: str | Path = "runs") -> Run:
         """The run at a path, or of that name under `runs`."""
         for folder in (Path(name), Path(runs) / name):
-            if (folder / "config.json").is_file():
-                return Run(folder.resolve() if folder.name in ("", ".", "..") else folder)
+            if _is_run(folder):
+                return Run(folder.resolve() if folder.name in ("", ".", "..") else folder)._check_folders()
         known = sorted(folder.parent.name for folder in Path(runs).glob("*/config.json"))
         reason = nearest(str(name), known) if known else f" (no run under {Path(runs).resolve()})"
-        raise UserError(f"no run {str(name)!r}: neither a run's folder nor a name under {runs}/{reason}")
+        raise UserError(f"no run {reprlib.repr(str(name))}: neither a run's folder nor a name under {runs}/{reason}")
+
+    def _check_folders(self) -> Run:
+        """What is written to and cleared, and shown, lies in the run's own folder."""
+        for name in ("checkpoints", "replay", "videos"):
+            path = self.folder / name
+            if path.is_symlink() or (path.exists() and not path.is_dir()):
+                raise UserError(f"{path} is not a folder" + (" but a link" if path.is_symlink() else ""))
+        return self
 
     @property
     def config(self) -> dict:
         try:
-            config = json.loads((self.folder / "config.json").read_text())
-            options = config["config"]
-            known = isinstance(config["method"], str) and isinstance(config["domain"], str) and {"method", "env"} <= options.keys()
-        except (ValueError, KeyError, TypeError, AttributeError):
+            config = read_json(self.folder / "config.json")
+            options, source = config["config"], config.get("transfer")
+            known = isinstance(config["method"], str) and isinstance(config["domain"], str)
+            known = known and isinstance(options["method"], dict) and isinstance(options["env"], dict)
+            known = known and isinstance(config.get("preset", ""), str)
+            if source is not None:
+                known = known and all(isinstance(source[key], str) for key in ("run", "method", "rule")) and type(source["step"]) is int
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             known = False
         if not known:
             raise UserError(f"{self.folder}/config.json is not a run of urlfast")
@@ -227,24 +330,30 @@ class Run:
         A run in use is refused; one whose process was killed is free, since the kernel drops its lock.
         """
         try:
-            descriptor = os.open(self.folder / file, os.O_RDWR | os.O_CREAT, 0o644)
+            lock = open_plain(self.folder / file, "a+b", buffering=0)
         except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
-                raise
-            raise UserError(f"cannot write to {self.folder}: {error.strerror}") from None
-        try:
+            raise UserError(f"cannot write to {self.folder}: {file}: {error.strerror}") from None
+        with lock:
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                holder = os.pread(descriptor, 64, 0).decode().strip() or "unknown"
+                lock.seek(0)
+                holder = lock.read(64).decode(errors="replace").strip() or "unknown"
                 raise UserError(f"{self.folder} is in use by process {holder}") from None
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
-            _held.add(descriptor)
-            yield self
-        finally:
-            _held.discard(descriptor)
-            os.close(descriptor)
+            lock.truncate(0)
+            lock.write(f"{os.getpid()}\n".encode())
+            _held.add(lock.fileno())
+            try:
+                yield self
+            finally:
+                _held.discard(lock.fileno())
+
+
+def _is_run(folder: Path) -> bool:
+    try:
+        return (folder / "config.json").is_file()
+    except OSError:  # a name that is too long for a file's
+        return False
 
 
 _held: set[int] = set()  # descriptors of the locks that this process holds
@@ -269,12 +378,10 @@ class Metrics:
     def __init__(self, folder: Path, step: int):
         path = folder / "metrics.jsonl"
         if path.exists():
-            rewritten = folder / ".metrics.jsonl"
-            with open(rewritten, "w") as file:
-                file.writelines(json.dumps(line) + "\n" for line in read_metrics(folder) if line["step"] <= step)
-                sync(file)
-            os.replace(rewritten, path)
-        self._lines = open(path, "a", buffering=1)
+            kept = [line for line in read_metrics(folder) if line["step"] <= step]
+            with replacing(path) as file:
+                file.writelines(json.dumps(line) + "\n" for line in kept)
+        self._lines = open_plain(path, "a", buffering=1)
         self._events = Events(folder, step)
 
     def log(self, line: dict) -> None:
@@ -294,6 +401,16 @@ class Metrics:
         self._events.close()
 
 
+class WholeWrites(io.FileIO):
+    """An unbuffered file that writes all, or raises: where a disk fills up, FileIO writes a part and says so to who asks."""
+
+    def write(self, data) -> int:
+        view = memoryview(data)
+        while len(view):
+            view = view[super().write(view) :]
+        return len(data)
+
+
 class Events:
     """TensorBoard's file of points, written at once: its own writer has a thread, which a full disk kills with a traceback."""
 
@@ -303,7 +420,7 @@ class Events:
 
         self._proto = event_pb2
         # Unbuffered, so that nothing is left to fail in close(). Read in the order of the names, whose time therefore comes first.
-        self._file = open(folder / f"events.out.tfevents.{time.time():.6f}.{os.getpid()}", "wb", buffering=0)
+        self._file = WholeWrites(folder / f"events.out.tfevents.{time.time():.6f}.{os.getpid()}", "x")
         self._writer = RecordWriter(self._file)
         self._write(file_version="brain.Event:2")
         if step:  # readers drop the points from here on that earlier files hold
@@ -327,15 +444,31 @@ class Events:
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    """The lines of a run's metrics.jsonl; a last line torn by a kill is left out."""
-    lines = []
+    """The lines of a run's metrics.jsonl; one torn by a kill, or damaged, is left out. Raises UserError where it cannot be read."""
     path = Path(folder) / "metrics.jsonl"
-    for text in path.read_text().splitlines() if path.exists() else []:
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            continue
-    return lines
+    try:
+        with open_plain(path) as file:
+            lines = map(_metrics_line, file)
+            return [line for line in lines if line is not None]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _metrics_line(text: bytes) -> dict | None:
+    """What of a line is numbers, or short lists of numbers; None where it has no step."""
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(line, dict) or type(line.get("step")) is not int or not 0 <= line["step"] < 2**63:
+        return None
+    return {name: value for name, value in line.items() if all(map(_is_number, value if isinstance(value, list) else [value]))}
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, float) or (type(value) is int and abs(value) < 2**63)
 
 
 class Progress:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import tyro
 
-from urlfast.checkpoint import Checkpoints, read_latest
+from urlfast.checkpoint import Checkpoint, Checkpoints, read_latest
 from urlfast.device import keep_freed_memory
 from urlfast.envs.atari import AtariConfig, make_atari, rom_id
 from urlfast.methods.apt import APT, APTConfig
@@ -56,6 +56,8 @@ class TrainConfig:
         for name, least in dict(steps=1, seed=0, log_every=1, checkpoint_every=1, keep=1).items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: must be at least {least}, got {getattr(self, name)}")
+            if getattr(self, name) >= 2**63:
+                raise ValueError(f"{name}: must be less than 2^63, got {getattr(self, name)}")
 
 
 METHODS = {"apt": APT, "drq": Task}
@@ -80,6 +82,14 @@ class Counters:
     updates: int = 0
     episodes: int = 0  # finished
     seconds: float = 0.0  # spent here, over all resumes
+
+    @staticmethod
+    def of(checkpoint: Checkpoint) -> Counters:
+        """Those that were saved; raises ValueError where they are none."""
+        saved = {name: checkpoint.state[name] for name in asdict(Counters())}
+        if not all(0 <= value < 2**53 for value in saved.values()) or saved["steps"] != checkpoint.step:
+            raise ValueError(f"no counters of step {checkpoint.step:,}: {saved}")
+        return Counters(**saved)
 
 
 def train(run: Run, config: TrainConfig, method, env, replay, counters: Counters, checkpoints: Checkpoints) -> str | None:
@@ -255,7 +265,7 @@ def refusals():
     """ValueErrors of what is built from the command line name an option's value: one line, not a traceback."""
     try:
         yield
-    except (ValueError, MemoryError, FileNotFoundError) as error:
+    except (ValueError, OverflowError, MemoryError, FileNotFoundError) as error:
         raise UserError(str(error)) from error
 
 
@@ -291,14 +301,17 @@ def resume(name: str, argv: list[str]) -> int:
             argv = argv[2:]
         config = resumed(config, parse(config, argv, f"urlfast train --resume {name}"))
         chosen_device(config.device)
-        write_json(run.folder / "config.json", {**saved, "config": asdict(config)})
         checkpoint = read_latest(run.folder, replay=True)
-        counters = Counters(**{key: checkpoint.state[key] for key in asdict(Counters())})
         agent, env = make(method, domain, config)
         with closing(env):
-            agent.load_state_dict(checkpoint.state["method"])
-            torch.set_rng_state(checkpoint.state["rng"])
+            with checkpoint.fitting():
+                counters = Counters.of(checkpoint)
+                agent.load_state_dict(checkpoint.state["method"])
+                torch.set_rng_state(checkpoint.state["rng"])
             replay = checkpoint.load_replay()
+            with checkpoint.fitting("replay.json"):
+                check_replay(replay, agent, env.num_envs)
+            write_json(run.folder / "config.json", {**saved, "config": asdict(config)})
             print(
                 f"{run.folder}: on from step {counters.steps:,} of {config.steps:,}, "
                 f"with {counters.updates:,} updates done and {len(replay):,} rows in the replay",
@@ -307,6 +320,14 @@ def resume(name: str, argv: list[str]) -> int:
             checkpoints = Checkpoints(run.folder, config.keep, checkpoint)
             stopped = train(run, config, agent, env, replay, counters, checkpoints)
     return farewell(run, stopped)
+
+
+def check_replay(replay, agent, num_envs: int) -> None:
+    """Raises ValueError where a saved replay holds other rows than the method's, or those of other environments."""
+    like = agent.make_replay(num_envs, 1)
+    for name, has, wanted in (("streams", replay.num_streams, num_envs), ("batches", replay.layout(1), like.layout(1))):
+        if has != wanted:
+            raise ValueError(f"{name}: must be {wanted}, got {has}")
 
 
 RESUMABLE = ("keep", "checkpoint-every", "log-every", "device")  # what a resume may change, for it decides nothing that is learned
@@ -439,7 +460,9 @@ def pick(argv: list[str]) -> tuple[str, str, str]:
     if domain not in domains:
         raise UsageError(f"unknown domain {domain!r} for {method}{nearest(domain, domains)}")
     presets = PRESETS[method, domain]
-    preset = take(argv, "--preset") or next(iter(presets))
+    preset = take(argv, "--preset")
+    if preset is None:
+        preset = next(iter(presets))
     if preset not in presets:
         raise UsageError(f"--preset: unknown {preset!r}{nearest(preset, presets)}")
     return method, domain, preset
@@ -450,7 +473,8 @@ def run_train(argv: list[str]) -> int:
         pairs = [f"  {method:8}{domain:8} --preset {' | '.join(presets)}" for (method, domain), presets in PRESETS.items()]
         print(USAGE.format(pairs="\n".join(pairs)))
         return 0
-    if run := take(argv, "--resume"):
+    run = take(argv, "--resume")
+    if run is not None:
         return resume(run, argv)
     method, domain, preset = pick(argv)
     default = PRESETS[method, domain][preset]

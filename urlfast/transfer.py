@@ -51,17 +51,23 @@ def run_transfer(argv: list[str]) -> int:
         config = replace(config, env=replace(config.env, game=wanted.task))
 
     checkpoint = read_latest(run.folder) if wanted.checkpoint == "latest" else read_at(run.folder, wanted.checkpoint)
-    parts, table = checkpoint.state["method"], METHODS[method].TRANSFER[wanted.rule]
+    with checkpoint.fitting():
+        parts, table = dict(checkpoint.state["method"]), METHODS[method].TRANSFER[wanted.rule]
     check_actions(domain, pretrained.env, config.env, table)
     print(f"from {run.folder}, {method} at step {checkpoint.step:,}, rule {wanted.rule}:")
     print("\n".join(f"  {part:18} {WORDS.get(table.get(part), 'begins anew')}" for part in parts), flush=True)
+
+    def prepare(agent):
+        with checkpoint.fitting():
+            transfer(agent, parts, table)
+
     return start(
         TASK,
         domain,
         preset,
         config,
         name=f"{method}-transfer-{wanted.rule}-{domain}",
-        prepare=lambda agent: transfer(agent, parts, table),
+        prepare=prepare,
         transfer={"run": str(run.folder), "method": method, "step": checkpoint.step, "rule": wanted.rule},
     )
 
