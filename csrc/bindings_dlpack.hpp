@@ -148,6 +148,7 @@ class Tensor : public View {
       from_numpy();
     else
       from_dlpack();
+    if (library_ == Library::jax) readonly = true;  // its arrays never change, though it does not say so
   }
   Tensor(Tensor&& other) noexcept
       : View(other),

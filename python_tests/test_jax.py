@@ -21,3 +21,14 @@ def test_results_are_jax_arrays_that_hold_what_numpy_gets(dtype):
         assert float((reward * 2)[7]) == pytest.approx(2 * expected[7])
         scaled = urlfast.RunningNormalizer("mean")(z)
         assert isinstance(scaled, jax.Array) and np.isfinite(np.asarray(scaled)).all()
+
+
+def test_jax_arrays_are_never_written():
+    zeros, ones = jax.numpy.zeros((4, 3)), jax.numpy.ones((4, 3))
+    with pytest.raises(ValueError, match=r"targets\[0\]: must be writable"):
+        urlfast.ema_update_([zeros], [ones], 0.5)
+    with pytest.raises(ValueError, match="out: must be writable"):
+        urlfast.RunningNormalizer("mean").normalize(ones, out=ones)
+    target = np.zeros((4, 3), np.float32)
+    urlfast.ema_update_([target], [ones], 0.5)  # as a source it is welcome
+    assert (target == 0.5).all() and not np.asarray(zeros).any()
