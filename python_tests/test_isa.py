@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from conftest import OTHER_ISAS, rerun_under
 
-FILES = ["test_normalizer.py", "test_latent.py", "test_ema.py", "test_replay.py::test_long_rows_arrive_whole"]
+REPLAY = [f"test_replay.py::{name}" for name in ("test_long_rows_arrive_whole", "test_priorities_are_eta_max_plus_rest_mean")]
+FILES = ["test_normalizer.py", "test_latent.py", "test_ema.py", *REPLAY]
 
 
 @pytest.mark.parametrize("isa", OTHER_ISAS)

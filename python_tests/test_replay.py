@@ -223,6 +223,28 @@ def test_items_are_drawn_in_proportion_to_their_priority(mode):
     np.testing.assert_allclose(batch.weight, weight / weight.max(), rtol=1e-5)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("steps", [1, 5, 8, 13, 16, 31, 79])
+def test_priorities_are_eta_max_plus_rest_mean(steps, masked):
+    """One stream without an end, so that all items' errors are of `steps` transitions, of which a mask may leave none."""
+    rng = np.random.default_rng(steps)
+    options = {"sequence_length": steps + 1, "stride": steps + 1, "priority_exponent": 1.0, "eta": 0.8}
+    replay = SequenceReplay(20 * (steps + 1), {"x": Field((), "float32")}, num_streams=1, **options)
+    one, no = np.zeros(1, np.float32), np.zeros(1, bool)
+    for t in range(20 * (steps + 1)):
+        replay.add({"x": one, "reward": one, "terminated": no, "is_first": np.array([t == 0]), "is_last": no})
+    items = np.unique(replay.sample(1000).indices)
+    assert len(items) == 20
+    td, mask = rng.normal(size=(20, steps)).astype(np.float32), rng.random((20, steps)) < 0.5
+    td[~mask] = np.nan if masked else td[~mask]
+    replay.update_priorities(items, td, mask if masked else None)
+    size = np.abs(np.where(mask | (not masked), td, 0).astype(np.float64))
+    count = mask.sum(1) if masked else np.full(20, steps)
+    p = np.where(count > 0, 0.8 * size.max(1) + 0.2 * size.sum(1) / np.maximum(count, 1), 1.0)  # 1: what new items have
+    batch = replay.sample(1000)
+    np.testing.assert_allclose(batch.probability, (p / p.sum())[np.searchsorted(items, batch.indices)], rtol=1e-5)
+
+
 def test_draws_depend_on_the_seed_and_not_on_threads():
     threads = urlfast.ops._core.num_threads()
     try:

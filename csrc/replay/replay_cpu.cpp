@@ -85,44 +85,6 @@ void copy_small(char* to, const char* from, size_t bytes) {
     std::memcpy(to, from, bytes);
 }
 
-struct Errors {
-  double sum = 0;  // not finite when one of them is not
-  float most = 0;
-  int64_t count = 0;
-};
-
-// Eight lanes, so that the compiler need not reorder sums to use its vectors; the order is the same on every machine.
-Errors errors_in(const float* td, int64_t n) {
-  constexpr int kLanes = 8;
-  double sum[kLanes] = {};
-  float most[kLanes] = {};
-  int64_t j = 0;
-  for (; j + kLanes <= n; j += kLanes)
-    for (int l = 0; l < kLanes; ++l) {
-      const float d = std::fabs(td[j + l]);
-      sum[l] += double(d);
-      most[l] = most[l] > d ? most[l] : d;
-    }
-  for (; j < n; ++j) {
-    const float d = std::fabs(td[j]);
-    sum[j % kLanes] += double(d);
-    most[j % kLanes] = most[j % kLanes] > d ? most[j % kLanes] : d;
-  }
-  Errors e{0, 0, n};
-  for (int l = 0; l < kLanes; ++l) e.sum += sum[l], e.most = e.most > most[l] ? e.most : most[l];
-  return e;
-}
-
-Errors errors_where(const float* td, const uint8_t* mask, int64_t n) {
-  Errors e;
-  for (int64_t j = 0; j < n; ++j) {
-    if (!mask[j]) continue;
-    const float d = std::fabs(td[j]);
-    e.sum += double(d), e.most = e.most > d ? e.most : d, ++e.count;
-  }
-  return e;
-}
-
 struct Item {
   int64_t slot;
   int64_t stream, t;
@@ -303,8 +265,8 @@ class ReplayCpu final : public Replay, private ReplayMemory {
       update.slot = -1;
       if (t < index_->tail(s) || tree_.leaf(index_->slot(s, t)) == 0) continue;
       update.slot = index_->slot(s, t);
-      const Errors e = mask.data ? errors_where(td.row<float>(i), mask.row<uint8_t>(i), steps)
-                                 : errors_of(td.row<float>(i), steps, index_->flags(s), t);
+      const ReplayErrors e = mask.data ? kernels().errors(td.row<float>(i), mask.row<uint8_t>(i), steps)
+                                       : errors_of(td.row<float>(i), steps, index_->flags(s), t);
       require(std::isfinite(e.sum), "td", "must be finite where it counts, got NaN or infinity in row ", i);
       if (e.count)
         update.priority =
@@ -427,20 +389,16 @@ class ReplayCpu final : public Replay, private ReplayMemory {
   };
 
   // The errors of the transitions that exist after the burn-in of the item at t.
-  Errors errors_of(const float* td, int64_t steps, FlagRing flags, int64_t t) const {
+  ReplayErrors errors_of(const float* td, int64_t steps, FlagRing flags, int64_t t) {
     const ReplayShape& shape = config_.shape;
-    if (shape.n_step) return errors_in(td, 1);
+    if (shape.n_step) return kernels().errors(td, nullptr, 1);
     if (!shape.cross_episodes) {
       const int64_t rows = sequence_rows(flags, t, shape.length, false);
-      return errors_in(td, std::min(steps, rows - 1 - shape.burn_in));
+      return kernels().errors(td, nullptr, std::min(steps, rows - 1 - shape.burn_in));
     }
-    Errors e;
-    for (int64_t j = 0; j < steps; ++j)
-      if (transition_exists(flags, t + shape.burn_in + j)) {
-        const float d = std::fabs(td[j]);
-        e.sum += double(d), e.most = e.most > d ? e.most : d, ++e.count;
-      }
-    return e;
+    exist_.resize(size_t(steps));
+    for (int64_t j = 0; j < steps; ++j) exist_[size_t(j)] = transition_exists(flags, t + shape.burn_in + j);
+    return kernels().errors(td, exist_.data(), steps);
   }
 
   uint64_t leaf_of(double priority) {
@@ -638,6 +596,7 @@ class ReplayCpu final : public Replay, private ReplayMemory {
   std::vector<Item> drawn_;
   size_t outputs_ = 0;
   std::vector<int8_t> scratch_;
+  std::vector<uint8_t> exist_;
   std::vector<int64_t> counts_;
   ReplayLoaded loaded_;
 

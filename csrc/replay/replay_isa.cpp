@@ -65,8 +65,73 @@ void copy(char* to, const char* from, int64_t bytes, const char* next, bool past
   past_caches ? copy_run<true>(to, from, bytes, next) : copy_run<false>(to, from, bytes, next);
 }
 
+constexpr int64_t kLanes = 8;
+typedef float Floats __attribute__((vector_size(4 * kLanes)));
+typedef int32_t Integers __attribute__((vector_size(4 * kLanes)));
+typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
+typedef double Doubles __attribute__((vector_size(8 * kLanes)));
+
+struct Lanes {
+  Doubles sum = {};
+  Integers most = {};  // the bits of a float that is not negative: they are ordered as it is
+  Integers count = {};
+};
+
+// `only`: which of these kLanes entries, where not all have been left to take.
+template <bool Masked>
+static inline void take(Lanes& lanes, const float* td, const uint8_t* mask, Integers only) {
+  Integers bits;
+  memcpy(&bits, td, sizeof bits);
+  if (Masked) {
+    Bytes counts;
+    memcpy(&counts, mask, sizeof counts);
+    only &= __builtin_convertvector(counts, Integers) != 0;
+    lanes.count -= only;
+  }
+  const Integers size = bits & 0x7fffffff & only;
+  lanes.sum += __builtin_convertvector((Floats)size, Doubles);
+  lanes.most = lanes.most > size ? lanes.most : size;
+}
+
+template <bool Masked>
+static ReplayErrors errors_in(const float* td, const uint8_t* mask, int64_t n) {
+  const Integers all = Integers{} - 1, lane = {0, 1, 2, 3, 4, 5, 6, 7};
+  Lanes a, b;  // two, so that one's addition need not wait for the other's
+  int64_t j = 0;
+  for (; j + 2 * kLanes <= n; j += 2 * kLanes) {
+    take<Masked>(a, td + j, mask + j, all);
+    take<Masked>(b, td + j + kLanes, mask + j + kLanes, all);
+  }
+  if (j + kLanes <= n) take<Masked>(a, td + j, mask + j, all), j += kLanes;
+  if (j < n && n >= kLanes) {  // the last kLanes, without those taken before
+    take<Masked>(b, td + n - kLanes, mask + n - kLanes, lane >= int32_t(kLanes - (n - j)));
+  } else if (j < n) {
+    float rest[kLanes] = {};
+    uint8_t counts[kLanes] = {};
+    memcpy(rest, td, size_t(n) * sizeof(float));
+    if (Masked) memcpy(counts, mask, size_t(n));
+    take<Masked>(b, rest, counts, all);
+  }
+  const Doubles sum = a.sum + b.sum;
+  const Integers both = a.most > b.most ? a.most : b.most;
+  int32_t most = 0;
+  for (int64_t l = 0; l < kLanes; ++l) most = most > both[l] ? most : both[l];
+  const Integers count = a.count + b.count;
+  ReplayErrors e = {((sum[0] + sum[4]) + (sum[1] + sum[5])) + ((sum[2] + sum[6]) + (sum[3] + sum[7])), 0, n};
+  memcpy(&e.most, &most, sizeof most);
+  if (Masked) {
+    e.count = 0;
+    for (int64_t l = 0; l < kLanes; ++l) e.count += count[l];
+  }
+  return e;
+}
+
+ReplayErrors errors(const float* td, const uint8_t* mask, int64_t n) {
+  return mask ? errors_in<true>(td, mask, n) : errors_in<false>(td, nullptr, n);
+}
+
 }  // namespace
 
-extern const ReplayKernels replay_kernels = {copy};
+extern const ReplayKernels replay_kernels = {copy, errors};
 
 }  // namespace urlfast::URLFAST_ISA_NAMESPACE
