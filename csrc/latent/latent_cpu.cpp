@@ -103,7 +103,8 @@ void Latent::write(const LatentClock& clock, const float* z_in, const int64_t* c
 void ema_update_cpu(const EmaPair* pairs, int64_t count, double tau) {
   std::vector<int64_t> starts(count + 1, 0);  // of each tensor in the concatenation of all
   for (int64_t i = 0; i < count; ++i) starts[i + 1] = starts[i] + pairs[i].size;
-  constexpr int64_t kGrain = 16384;  // items: about 128 kB of both
+  // Items: about 128 kB of both. A thread gets one part, and the same as last time: its caches may have it still.
+  constexpr int64_t kGrain = 16384;
   const LatentKernels& k = kernels();
   parallel_for(starts[count], kGrain, [&](int64_t begin, int64_t end) {
     int64_t i = std::upper_bound(starts.begin(), starts.end(), begin) - starts.begin() - 1;

@@ -120,16 +120,33 @@ void run(const LatentRun& r) {
   }
 }
 
-template <class T, class Real>
-static void lerp(T* target, const T* source, int64_t n, Real tau) {
-  // The end nearer to the result is the one that is moved away from, so that tau = 1 gives the source itself
-  if (tau < Real(0.5)) {
-#pragma GCC ivdep
-    for (int64_t i = 0; i < n; ++i) target[i] += tau * (source[i] - target[i]);
-  } else {
-#pragma GCC ivdep
-    for (int64_t i = 0; i < n; ++i) target[i] = source[i] - (source[i] - target[i]) * (1 - tau);
+// The end nearer to the result is the one that is moved away from, so that tau = 1 gives the source itself. For values
+// and for vectors of them.
+template <bool Near, class V, class Real>
+static inline V lerp_one(V target, V source, Real tau) {
+  return Near ? target + tau * (source - target) : source - (source - target) * (1 - tau);
+}
+
+// 32 bytes at a time everywhere: memory bounds it, and with 64, with prefetches or with stores past the caches the pass
+// over 26 million parameters takes a tenth longer (Zen 4).
+template <bool Near, class Real>
+static void lerp_all(Real* target, const Real* source, int64_t n, Real tau) {
+  typedef Real Vector __attribute__((vector_size(32)));
+  constexpr int64_t kLanes = sizeof(Vector) / sizeof(Real);
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    Vector t, s;
+    memcpy(&t, target + i, sizeof t);
+    memcpy(&s, source + i, sizeof s);
+    t = lerp_one<Near>(t, s, tau);
+    memcpy(target + i, &t, sizeof t);
   }
+  for (; i < n; ++i) target[i] = lerp_one<Near>(target[i], source[i], tau);
+}
+
+template <class Real>
+static void lerp(Real* target, const Real* source, int64_t n, Real tau) {
+  tau < Real(0.5) ? lerp_all<true>(target, source, n, tau) : lerp_all<false>(target, source, n, tau);
 }
 
 template <class T>
