@@ -66,7 +66,7 @@ def test_rows_pair_what_was_seen_with_what_was_done_and_paid(finished):
 def test_a_run_says_what_it_will_take(finished, tmp_path, capsys):
     toy_run.new(tmp_path, "--steps", "20")
     out = capsys.readouterr().out
-    assert "memory" in out and "disk" in out and "time    about" in out
+    assert "memory" in out and "for the replay and" in out and "time    about" in out
     assert f"urlfast evaluate {next(tmp_path.iterdir())}" in out
 
 

@@ -377,7 +377,9 @@ def tiles(story: Story) -> str:
         seconds, updates = story.last("seconds"), story.last("updates")
         note = f"{number(story.repeat * steps)} frames"
         note += f", {number(updates)} updates" if updates is not None else ""
-        out.append(tile("Agent steps", number(steps), note + (f", {human_time(seconds)} of training" if seconds else "")))
+        out.append(
+            tile("Agent steps", number(steps), note + (f", {human_time(seconds).replace(' ', NBSP)} of training" if seconds else ""))
+        )
     agent, random = story.evaluation("agent"), story.evaluation("random")
     if agent:
         note = f"random play, measured here, {number(np.mean(random['returns']))}" if random else f"over {len(agent['returns'])} episodes"

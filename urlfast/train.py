@@ -284,7 +284,7 @@ def start(method: str, domain: str, preset: str, config: TrainConfig, *, name: s
         saved = {"method": method, "domain": domain, "preset": preset, "config": asdict(config), **noted}
         run = Run.create(config.runs, f"{name or f'{method}-{domain}'}-{config.env.game}-s{config.seed}", saved)
         with run.locked():
-            print(cost(run, config, agent, env, replay, seconds), flush=True)
+            print(cost(run, config, agent, trial, env, replay, seconds), flush=True)
             stopped = train(run, config, agent, env, replay, Counters(), Checkpoints(run.folder, config.keep))
     return farewell(run, stopped)
 
@@ -385,21 +385,33 @@ def seconds_per_update(agent, env) -> float:
     return (time.perf_counter() - began) / timed
 
 
-def cost(run: Run, config: TrainConfig, agent, env, replay, seconds: float) -> str:
-    """What the run will take, said before it begins."""
+def tensor_bytes(state) -> int:
+    """Of all tensors in a nest of dicts and lists."""
+    if isinstance(state, torch.Tensor):
+        return state.numel() * state.element_size()
+    return sum(map(tensor_bytes, state.values() if isinstance(state, dict) else state)) if isinstance(state, dict | list) else 0
+
+
+def counted(n: int, what: str) -> str:
+    return f"{n:,} {what}" + "s" * (n != 1)
+
+
+def cost(run: Run, config: TrainConfig, agent, trial, env, replay, seconds: float) -> str:
+    """What the run will take, said before it begins. trial: such an agent that has made updates, whose optimisers are therefore whole."""
     updates = int(agent.config.updates_per_step * max(0, config.steps - agent.config.learning_start))
     row = int(np.prod(env.frame_shape)) + 15  # the frame, action, reward and three flags
     rows = min(replay.capacity, config.steps)
     on_disk = min(rows + config.keep * config.checkpoint_every, config.steps) * row  # older checkpoints keep rows that the ring has lost
+    on_disk += (config.keep + 1) * tensor_bytes(trial.state_dict())  # the one being written is beside those that are kept
     free = disk_usage(run.folder).free
     device = chosen_device(config.device)
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {counted(torch.get_num_threads(), 'thread')}"
     lines = [
         f"{run.folder}",
-        f"  steps   {config.steps:,}, {config.steps * env.action_repeat:,} frames; {env.num_envs} environments, {where}",
+        f"  steps   {config.steps:,}, {config.steps * env.action_repeat:,} frames; {counted(env.num_envs, 'environment')}, {where}",
         f"  memory  {human_bytes(rows * row)} for the replay's {rows:,} rows, as it fills",
-        f"  disk    {human_bytes(on_disk)} for the replay; {human_bytes(free)} free",
-        f"  time    about {human_time(updates * seconds)}: {updates:,} updates of {1000 * seconds:.3g} ms, as measured here",
+        f"  disk    {human_bytes(on_disk)} for the replay and {counted(config.keep, 'checkpoint')}; {human_bytes(free)} free",
+        f"  time    about {human_time(updates * seconds)}: {updates:,} updates of {1000 * seconds:,.0f} ms, as measured here",
     ]
     if on_disk > free:
         lines.append("  The disk will not hold this run: see --keep, --replay-capacity and --runs.")

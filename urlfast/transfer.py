@@ -55,7 +55,8 @@ def run_transfer(argv: list[str]) -> int:
         parts, table = dict(checkpoint.state["method"]), METHODS[method].TRANSFER[wanted.rule]
     check_actions(domain, pretrained.env, config.env, table)
     print(f"from {run.folder}, {method} at step {checkpoint.step:,}, rule {wanted.rule}:")
-    print("\n".join(f"  {part:18} {WORDS.get(table.get(part), 'begins anew')}" for part in parts), flush=True)
+    for part in parts:
+        print(f"  {part:18} {WORDS[table.get(part, RESET)] if part in METHODS[TASK].parts else 'not used'}", flush=True)
 
     def prepare(agent):
         with checkpoint.fitting():
@@ -88,7 +89,7 @@ def check_actions(domain: str, before, after, table: dict) -> None:
         )
 
 
-WORDS = {LOAD: "loaded", FREEZE: "loaded and frozen"}
+WORDS = {LOAD: "loaded", FREEZE: "loaded and frozen", RESET: "begins anew"}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
