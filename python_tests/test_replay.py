@@ -3,14 +3,10 @@ import gc
 import json
 import os
 import resource
-import signal
-import subprocess
-import sys
-import threading
-import time
 
 import numpy as np
 import pytest
+import replay_fire
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference_replay import ReferenceReplay
@@ -350,59 +346,14 @@ def test_recurrent_state_is_that_of_the_sequence_start():
                 np.testing.assert_array_equal(batch.state[:, 0], batch.observation[:, 0, 0])
 
 
-@pytest.mark.parametrize("mode", [{"n_step": 3, "gamma": 0.9, "frame_stack": 4}, {"sequence_length": 24, "stride": 5, "frame_stack": 4}])
+@pytest.mark.parametrize("mode", [replay_fire.WINDOWS, replay_fire.SEQUENCES])
 def test_an_adder_beside_a_sampler_tears_nothing(mode):
-    """Every frame carries its own row number; the ring is small, so that the adder keeps overtaking the sampler."""
-    n, seconds = 3, 2.0
-    fields = {"observation": Field((1, 32, 32), "int32"), "id": Field((), "int64")}
-    replay = SequenceReplay(n * 60, fields, num_streams=n, priority_exponent=0.5, **mode)
-    stop, failures, added, rng = threading.Event(), [], [0], np.random.default_rng(0)
+    batches, added = replay_fire.add_beside_sample(mode, seconds=2.0)
+    assert batches > 5 and added > 900  # the ring came round several times
 
-    def adder():
-        try:
-            frames, t = np.empty((n, 1, 32, 32), np.int32), 0
-            stream = np.arange(n, dtype=np.int32)[:, None, None, None]
-            while not stop.is_set():
-                frames[:] = t * n + stream + 1
-                rows = {"observation": frames, "id": np.arange(n) + t * n + 1, "reward": np.full(n, t, np.float32)}
-                first, last = np.full(n, t % 50 == 0), np.full(n, t % 50 == 49)
-                replay.add({**rows, "terminated": np.zeros(n, bool), "is_first": first, "is_last": last})
-                t += 1
-            added[0] = t
-        except Exception as error:
-            failures.append(error)
 
-    thread = threading.Thread(target=adder)
-    thread.start()
-    try:
-        while not replay.sampleable:
-            time.sleep(0.001)
-        end, batches = time.monotonic() + seconds, 0
-        while time.monotonic() < end:
-            batch = replay.sample(64)
-            start, s = batch.indices // n, batch.indices % n
-            if "n_step" in mode:
-                for array, t in ((batch.observation, start), (batch.next_observation, start + batch.steps)):
-                    rows = t[:, None] + np.arange(-3, 1)
-                    want = np.where(rows >= t[:, None] // 50 * 50, rows * n + s[:, None] + 1, 0)
-                    np.testing.assert_array_equal(array, np.broadcast_to(want[:, :, None, None], array.shape))
-            else:
-                rows = start[:, None] + np.arange(-3, 24)
-                episode = start[:, None] // 50 * 50
-                want = np.where((rows >= episode) & (rows < episode + 50), rows * n + s[:, None] + 1, 0)
-                got = batch.frames["observation"]
-                np.testing.assert_array_equal(got, np.broadcast_to(want[:, :, None, None, None], got.shape))
-                np.testing.assert_array_equal(batch.id, want[:, 3:])
-            size = 64 if "n_step" in mode else (64, 23)
-            replay.update_priorities(batch.indices, rng.random(size, np.float32))
-            batches += 1
-    finally:
-        stop.set()
-        thread.join()
-    assert not failures
-    assert batches > 5 and added[0] > 300  # the ring came round several times
-    root, leaves = replay._core.totals()
-    assert root == leaves
+def test_many_updates_keep_the_totals_of_integers():
+    assert replay_fire.update_against_integers(600_000, rows=1 << 14, batch=20_000) == 600_000
 
 
 # Saving -----------------------------------------------------------------------------------------------------------------------------
@@ -619,46 +570,12 @@ def test_a_scratch_file_leaves_nothing_behind(tmp_path):
     replay = SequenceReplay(1000, {"observation": GREY}, num_streams=1, n_step=1, gamma=1.0, storage="file", path=tmp_path)
     assert list(tmp_path.iterdir()) == []  # so that whoever dies, however, leaves nothing to reclaim
     replay.close()
+    replay_fire.kill_beside_scratch(tmp_path)
 
 
-KILLED = """
-import sys
-import numpy as np
-from urlfast import Field, SequenceReplay
-replay = SequenceReplay(300, {"observation": Field((1, 32, 32), "int32")}, num_streams=2, n_step=3, gamma=0.9, frame_stack=2)
-for t in range(10**9):
-    frames = np.empty((2, 1, 32, 32), np.int32)
-    frames[:] = t
-    replay.add({"observation": frames, "reward": np.full(2, t, np.float32), "terminated": np.zeros(2, bool),
-                "is_first": np.full(2, t % 20 == 0), "is_last": np.full(2, t % 20 == 19)})
-    if t % 17 == 16:
-        replay.save(sys.argv[1])
-        print(t, flush=True)
-"""
-
-
-@pytest.mark.parametrize("after", [3, 15, 29])
-def test_kill_9_in_a_save_leaves_the_one_before(tmp_path, after):
-    process = subprocess.Popen([sys.executable, "-c", KILLED, tmp_path], stdout=subprocess.PIPE, text=True)
-    for _ in range(after):
-        reported = int(process.stdout.readline())
-    time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    rest = process.stdout.read().split()
-    process.wait()
-    loaded = SequenceReplay.load(tmp_path)
-    reached = len(loaded) // 2
-    newest = int(rest[-1]) if rest else reported
-    for _ in range(20):
-        batch = loaded.sample(32)
-        t = batch.indices // 2
-        np.testing.assert_array_equal(batch.observation[:, 1, 0, 0], t)
-        np.testing.assert_array_equal(batch.observation, np.broadcast_to(batch.observation[:, :, :1, :1], batch.observation.shape))
-        newest = max(newest, int(t.max()))
-    assert reached == min(150, reached) and newest >= reported - 20
-    SequenceReplay.prune(tmp_path)
-    assert not list(tmp_path.glob(".*"))
-    SequenceReplay.load(tmp_path)
+def test_kill_9_in_a_save_leaves_the_one_before(tmp_path):
+    saved, unfinished = replay_fire.kill_in_saves(tmp_path, kills=8)
+    assert saved > 0 and unfinished > 0
 
 
 # Arguments ------------------------------------------------------------------------------------------------------------------------
