@@ -141,12 +141,7 @@ py::dict state_dict(const LatentDynamics& self) {
 void load_state_dict(LatentDynamics& self, Given<py::dict> state_in) {
   const auto state = state_in.as("state");
   const auto as = [&](const char* key, auto kind) {
-    require(state.contains(key), "state", "has no '", key, "': not a LatentDynamics' state_dict");
-    try {
-      return py::object(state[key]).cast<decltype(kind)>();
-    } catch (const py::cast_error&) {
-      throw std::invalid_argument(text("state: '", key, "' has the wrong type"));
-    }
+    return state_item<decltype(kind)>(state, key, "a LatentDynamics'");
   };
   const int64_t n = self.shape().num_envs, dim = self.shape().dim;
   const auto envs = as("num_envs", int64_t()), size = as("latent_dim", int64_t());

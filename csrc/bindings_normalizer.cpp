@@ -156,16 +156,8 @@ py::dict state_dict(const RunningNormalizer& self) {
 
 void load_state_dict(RunningNormalizer& self, Given<py::dict> state_in) {
   const auto state = state_in.as("state");
-  const auto get = [&](const char* key) {
-    require(state.contains(key), "state", "has no '", key, "': not a RunningNormalizer's state_dict");
-    return py::object(state[key]);
-  };
   const auto as = [&](const char* key, auto kind) {
-    try {
-      return get(key).cast<decltype(kind)>();
-    } catch (const py::cast_error&) {
-      throw std::invalid_argument(text("state: '", key, "' has the wrong type"));
-    }
+    return state_item<decltype(kind)>(state, key, "a RunningNormalizer's");
   };
   const auto mode = as("mode", std::string());
   require(mode == self.mode(), "state", "was saved with mode '", mode, "', this one has '", self.mode(), "'");

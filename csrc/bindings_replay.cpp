@@ -110,7 +110,7 @@ class Column {
     }
     int64_t packed = 1;
     for (int i = view.rank - 1; i >= 1; --i) {
-      require(view.shape[i] == 1 || view.strides[i] == packed, name,
+      require(view.shape[i] == 1 || view.strides[i] == packed || view.shape[0] == 0, name,
               "must have C-contiguous rows; pass np.ascontiguousarray(", name, ")");
       packed *= view.shape[i];
     }

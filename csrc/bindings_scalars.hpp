@@ -74,7 +74,8 @@ inline void convert(py::handle object, const char* argument, const char* accepte
   if (is_bool(object)) refuse_type(argument, accepted, object);
   out = PyFloat_AsDouble(object.ptr());
   if (out == -1. && PyErr_Occurred()) {
-    const bool type = PyErr_ExceptionMatches(PyExc_TypeError), large = PyErr_ExceptionMatches(PyExc_OverflowError);
+    const bool type = PyErr_ExceptionMatches(PyExc_TypeError) || PyErr_ExceptionMatches(PyExc_ValueError),
+               large = PyErr_ExceptionMatches(PyExc_OverflowError);
     if (!type && !large) throw py::error_already_set();
     PyErr_Clear();
     require(!large, argument, "must lie in the range of float64, got ", large ? shown(object) : "");
@@ -112,6 +113,24 @@ struct Given {
     return out;
   }
 };
+
+// state[key], for a load_state_dict.
+template <class T>
+T state_item(const py::dict& state, const char* key, const char* whose) {
+  require(state.contains(key), "state", "has no '", key, "': not ", whose, " state_dict");
+  const auto refuse = [key] { throw std::invalid_argument(text("state: '", key, "' has the wrong type")); };
+  try {
+    return py::object(state[key]).cast<T>();
+  } catch (const py::cast_error&) {
+    refuse();
+  } catch (const py::type_error&) {
+    refuse();
+  } catch (py::error_already_set& error) {
+    if (!error.matches(PyExc_TypeError) && !error.matches(PyExc_ValueError)) throw;
+    refuse();
+  }
+  return {};  // not reached
+}
 
 // An object of our own, with its C++ part: where __init__ was refused or never called pybind11 would hand a method
 // memory that nobody has written.

@@ -386,3 +386,30 @@ def test_no_dtype_at_all_is_refused_by_name(dtype):
 def test_importance_exponents_above_1_overflowed():
     with pytest.raises(ValueError, match=r"^importance_exponent: must lie in 0\.\.1, got 100"):
         replay(priority_exponent=1.0, importance_exponent=100.0)
+
+
+@pytest.mark.parametrize("junk", [np.array("x"), len, object(), {}, "x"], ids=repr)
+@pytest.mark.parametrize("make", [RunningNormalizer, lambda: LatentDynamics(2, 3)])
+def test_a_state_of_wrong_types_is_refused_by_its_key(make, junk):
+    target = make()
+    for key in target.state_dict():
+        with pytest.raises(ValueError, match=r"^state: "):
+            target.load_state_dict({**target.state_dict(), key: [junk]})
+        try:
+            target.load_state_dict({**target.state_dict(), key: junk})
+        except ValueError as error:
+            assert str(error).startswith("state: ")  # no items are right where there are none
+
+
+def test_text_that_numpy_would_read_as_a_number_is_refused_by_name():
+    with pytest.raises(TypeError, match=r"^exponent: must be a number, got ndarray$"):
+        knn_reward(Z, 2, exponent=np.array("x"))
+    with pytest.raises(TypeError, match=r"^keep: must be a list of paths, got ndarray$"):
+        SequenceReplay.prune("nowhere", keep=np.array("x"))
+
+
+def test_an_update_of_nothing_is_taken_however_it_lies_in_memory():
+    r = SequenceReplay(**SEQUENCES, priority_exponent=1.0)
+    r.add(good_rows())
+    td = np.random.default_rng(0).standard_normal((0, 7)).astype(np.float32)  # its strides are zeros
+    r.update_priorities(np.zeros(0, np.int64), td, td > 0)

@@ -555,9 +555,13 @@ class SequenceReplay:
         Returns the deleted names. A manifest that cannot be read is an error (ValueError), and then nothing is deleted.
         """
         folder = _path("folder", folder)
-        if isinstance(keep, (str, bytes, os.PathLike)) or not isinstance(keep, Iterable):
+        try:
+            paths = None if isinstance(keep, (str, bytes, os.PathLike)) else list(keep)
+        except TypeError:
+            paths = None
+        if paths is None:
             raise TypeError(f"keep: must be a list of paths, got {_shown(keep)}")
-        keep = [_path("keep", path) for path in keep]
+        keep = [_path("keep", path) for path in paths]
         own = os.path.join(folder, "manifest.json")
         manifests = [_read_manifest(path) for path in [*keep, *([own] if os.path.exists(own) else [])]]
         needed = {entry["file"] for manifest in manifests for entry in [*manifest["segments"], manifest["state"]]}
