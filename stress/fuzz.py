@@ -686,6 +686,8 @@ class Latents(Target):
         if s.flawed(0.02):
             how["device"] = s.pick(["cuda", "tpu", 3])
         sizes = s.size(n, 1, 2**31), s.size(d, 1, 2**31), s.size(classes, 1, 2**31 - 1)
+        if 2**31 in [x for x in sizes if type(x) is int]:  # 8 GB, which a machine may well have
+            return
         done = self.call(s, "__init__", lambda: LatentDynamics(*sizes, **how))
         if not done or s.wrong:
             return
