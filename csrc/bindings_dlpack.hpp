@@ -335,6 +335,42 @@ class Tensor : public View {
   CUstream_st* stream_ = nullptr;
 };
 
+// Arrays of one call that lie on a device: the stream to work on, the first one's, and the others that it takes part
+// in: two libraries may each have their own. With the GIL or without.
+class CallStream {
+ public:
+  explicit CallStream(Device device) : device_(device) {}
+  void join(const Tensor& array) {
+    if (!array.device.cuda) return;
+    if (!chosen_) stream_ = array.stream(), chosen_ = true;
+    if (array.stream() != stream_) others_.push_back(array.stream());
+  }
+  // What was queued on the other streams comes before the call's work.
+  CUstream_st* begin() {
+    if (!device_.cuda) return nullptr;
+    if (!chosen_) stream_ = current_stream(Library::other, device_.index), chosen_ = true;
+    order(others_, {stream_});
+    return stream_;
+  }
+  // And that before what is queued there from now on: memory that is freed may be used again.
+  void end() {
+    if (!others_.empty()) order({stream_}, others_);
+  }
+
+ private:
+  void order(const std::vector<CUstream_st*>& before, const std::vector<CUstream_st*>& after) {
+    for (CUstream_st* b : before) {
+      CudaEvent event(device_.index);
+      event.record(b);
+      for (CUstream_st* a : after) event.order(a);
+    }
+  }
+  Device device_;
+  CUstream_st* stream_ = nullptr;
+  bool chosen_ = false;
+  std::vector<CUstream_st*> others_;
+};
+
 // When the work that fills a device's memory is done, and who reads it. Used with the GIL held.
 struct DeviceOrder {
   explicit DeviceOrder(int device) : written(device) {}

@@ -49,6 +49,12 @@ struct Call {
   KnnProblem problem;
 
   bool batched() const { return queries.rank == 3; }
+  CallStream stream() const {
+    CallStream out(queries.device);
+    out.join(queries);
+    if (keys) out.join(*keys);
+    return out;
+  }
   DType result() const { return queries.dtype == DType::f64 ? DType::f64 : DType::f32; }
   std::vector<int64_t> shape(bool with_k) const {
     std::vector<int64_t> out(queries.shape, queries.shape + queries.rank - 1);
@@ -110,31 +116,46 @@ Call check(const py::object& queries_in, const py::object& keys_in, int64_t k, c
   return call;
 }
 
+// What a search on a device works in, from the caller's own allocator, which knows the stream and the graph that is
+// being captured: it may be let go while the device still works on it. Null on the CPU.
+std::optional<Output> make_workspace(const Tensor& like, int64_t bytes) {
+  if (!like.device.cuda || bytes == 0) return std::nullopt;
+  return output_like(like, DType::u8, {bytes});
+}
+std::optional<Output> make_workspace(const Call& call) {
+#ifdef URLFAST_HAS_CUDA
+  const Device& device = call.queries.device;
+  if (device.cuda) return make_workspace(call.queries, knn_workspace_cuda(call.problem, device.index));
+#endif
+  return make_workspace(call.queries, 0);
+}
+void* data_of(const std::optional<Output>& workspace) { return workspace ? workspace->view.data : nullptr; }
+
 // Where the build has no CUDA no array on a device comes this far.
-void run_knn(const Call& call, void* distances, int64_t* indices) {
+void run_knn(const Call& call, void* distances, int64_t* indices, [[maybe_unused]] void* workspace) {
 #ifdef URLFAST_HAS_CUDA
   const Tensor& q = call.queries;
-  if (q.device.cuda) return knn_cuda(call.problem, distances, indices, q.device.index, q.stream());
+  if (q.device.cuda) return knn_cuda(call.problem, distances, indices, workspace, q.device.index, q.stream());
 #endif
   knn_cpu(call.problem, distances, indices);
 }
-void run_reward(const Call& call, const KnnReward& reward, void* out) {
+void run_reward(const Call& call, const KnnReward& reward, void* out, [[maybe_unused]] void* workspace) {
 #ifdef URLFAST_HAS_CUDA
   const Tensor& q = call.queries;
-  if (q.device.cuda) return knn_reward_cuda(call.problem, reward, out, q.device.index, q.stream());
+  if (q.device.cuda) return knn_reward_cuda(call.problem, reward, out, workspace, q.device.index, q.stream());
 #endif
   knn_reward_cpu(call.problem, reward, out);
 }
 
 // Two steps with the statistic between them: the kept distances, then what they amount to.
 void run_reward(const Call& call, const KnnReward& reward, Normalizer& normalizer, bool update, void* kept,
-                int64_t count, void* out) {
+                int64_t count, void* out, [[maybe_unused]] void* workspace) {
   const KnnProblem& p = call.problem;
   CUstream_st* const stream = call.queries.stream();
 #ifdef URLFAST_HAS_CUDA
   const Device& device = call.queries.device;
   if (device.cuda)
-    knn_kept_cuda(p, reward, kept, device.index, stream);
+    knn_kept_cuda(p, reward, kept, workspace, device.index, stream);
   else
 #endif
     knn_kept_cpu(p, reward, kept);
@@ -144,7 +165,8 @@ void run_reward(const Call& call, const KnnReward& reward, Normalizer& normalize
   std::unique_lock<std::mutex> lock(normalizer.mutex());
 #ifdef URLFAST_HAS_CUDA
   if (device.cuda)
-    return knn_finish_cuda(p, reward, kept, normalizer.state(), normalizer.rule(), out, device.index, stream);
+    return knn_finish_cuda(p, reward, kept, normalizer.state(), normalizer.rule(), out, workspace, device.index,
+                           stream);
 #endif
   const Statistic state = *normalizer.state();
   lock.unlock();
@@ -159,9 +181,13 @@ py::tuple knn(const py::object& queries, const py::object& keys, Given<int64_t> 
                double(p.problems * p.num_queries) * double(p.k) * double(item_size(call.result()) + 8));
   const Output distances = output_like(call.queries, call.result(), call.shape(true));
   const Output indices = output_like(call.queries, DType::i64, call.shape(true));
+  const std::optional<Output> workspace = make_workspace(call);
+  CallStream stream = call.stream();
   {
     const py::gil_scoped_release unlocked;
-    run_knn(call, distances.view.data, indices.view.as<int64_t>());
+    stream.begin();
+    run_knn(call, distances.view.data, indices.view.as<int64_t>(), data_of(workspace));
+    stream.end();
   }
   return py::make_tuple(distances.result(), indices.result());
 }
@@ -187,17 +213,22 @@ py::object knn_reward(const py::object& z, Given<int64_t> k, const py::object& m
   }
   const KnnReward reward{reduction == "kth", exponent, c};
   const Output out = output_like(call.queries, call.result(), call.shape(false));
+  const std::optional<Output> workspace = make_workspace(call);
+  CallStream stream = call.stream();
   if (!normalizer) {
     const py::gil_scoped_release unlocked;
-    run_reward(call, reward, out.view.data);
+    stream.begin();
+    run_reward(call, reward, out.view.data, data_of(workspace));
+    stream.end();
   } else {
     int64_t count = 0;
     for (int64_t s = 0; s < call.problem.problems; ++s)
       count += call.problem.num_queries * knn_kept(call.problem, reward, s);
-    // From z's library, whose allocator knows the stream: it may be let go while the device still works on it.
     const Output kept = output_like(call.queries, call.result(), {count});
     const py::gil_scoped_release unlocked;
-    run_reward(call, reward, *normalizer, update_normalizer, kept.view.data, count, out.view.data);
+    stream.begin();
+    run_reward(call, reward, *normalizer, update_normalizer, kept.view.data, count, out.view.data, data_of(workspace));
+    stream.end();
   }
   return out.result();
 }
@@ -235,9 +266,14 @@ py::object step(EpisodicMemory& self, const py::object& embeddings_in, const py:
   require_room("k", text(self.k(), " distances for each of ", self.streams(), " streams"),
                double(self.streams()) * double(self.k()) * 12);  // and the indices
   const Output out = output_like(embeddings, DType::f32, {self.streams(), self.k()});
+  const std::optional<Output> workspace = make_workspace(embeddings, self.workspace_bytes());
+  CallStream stream(self.device());
+  stream.join(embeddings), stream.join(reset);
   {
     const py::gil_scoped_release unlocked;
-    self.step(embeddings.as<float>(), reset.as<bool>(), reset.device.cuda, out.view.as<float>(), embeddings.stream());
+    self.step(embeddings.as<float>(), reset.as<bool>(), reset.device.cuda, out.view.as<float>(), data_of(workspace),
+              stream.begin());
+    stream.end();
   }
   return out.result();
 }

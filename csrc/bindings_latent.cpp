@@ -232,11 +232,17 @@ void ema_update(const py::object& targets_in, const py::object& sources_in, Give
     if (t.numel() > 0) pairs.push_back({t.data, s.data, t.numel(), t.dtype});
   }
   if (pairs.empty()) return;
-  py::gil_scoped_release unlocked;
 #ifdef URLFAST_HAS_CUDA
-  if (targets[0].device.cuda)
-    return ema_update_cuda(pairs.data(), int64_t(pairs.size()), tau, targets[0].device.index, targets[0].stream());
+  if (const Device device = targets[0].device; device.cuda) {
+    CallStream stream(device);
+    for (const Tensor& t : targets) stream.join(t);
+    for (const Tensor& s : sources) stream.join(s);
+    py::gil_scoped_release unlocked;
+    ema_update_cuda(pairs.data(), int64_t(pairs.size()), tau, device.index, stream.begin());
+    return stream.end();
+  }
 #endif
+  py::gil_scoped_release unlocked;
   ema_update_cpu(pairs.data(), int64_t(pairs.size()), tau);
 }
 

@@ -84,6 +84,8 @@ class Captured:
 
     def __init__(self, function: Callable[..., dict[str, Tensor]], device: torch.device, generators: tuple[torch.Generator, ...] = ()):
         self.function, self.device, self.generators = function, device, generators
+        # Of warm-up and capture alike: autograd adds gradients up on the stream of the first backward pass.
+        self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.reset()
 
     def reset(self) -> None:
@@ -97,23 +99,29 @@ class Captured:
         batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
         if self.device.type != "cuda":
             return self.function(**batch)
-        self.upload(batch)
-        self.calls += 1
-        if self.calls <= self.WARM_UP:
-            side = torch.cuda.Stream(self.device)
-            side.wait_stream(torch.cuda.current_stream(self.device))
-            with torch.cuda.stream(side):
-                outputs = self.function(**self.inputs)
-            torch.cuda.current_stream(self.device).wait_stream(side)
-            return outputs
-        if self.graph is None:
-            self.graph = torch.cuda.CUDAGraph()
-            for generator in self.generators:
-                self.graph.register_generator_state(generator)  # replays advance it, as eager calls would
-            with torch.cuda.graph(self.graph):  # records; nothing runs until the replay below
-                self.outputs = self.function(**self.inputs)
-        self.graph.replay()
-        return self.outputs
+        with torch.cuda.device(self.device):
+            self.upload(batch)
+            self.calls += 1
+            if self.calls <= self.WARM_UP:
+                self.side.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(self.side):
+                    outputs = self.function(**self.inputs)
+                torch.cuda.current_stream().wait_stream(self.side)
+                return outputs
+            if self.graph is None:
+                self.capture()
+            self.graph.replay()
+            return self.outputs
+
+    def capture(self) -> None:
+        """Records the function; nothing runs."""
+        graph = torch.cuda.CUDAGraph()
+        for generator in self.generators:
+            graph.register_generator_state(generator)  # replays advance it, as eager calls would
+        # What other threads do meanwhile (a logger that reads a metric, a checkpoint) is not this graph's concern.
+        with torch.cuda.graph(graph, stream=self.side, capture_error_mode="thread_local"):
+            self.outputs = self.function(**self.inputs)
+        self.graph = graph
 
     def upload(self, batch: dict[str, Tensor]) -> None:
         """Into `inputs`, by way of pinned memory: a copy from pageable memory would wait for all work before it."""

@@ -30,20 +30,33 @@ EpisodicMemory::EpisodicMemory(int64_t streams, int64_t capacity, int64_t dim, i
                               ", more than the system gives"));
 }
 
-void EpisodicMemory::step(const float* embeddings, const bool* reset, bool reset_on_device, float* distances,
-                          CUstream_st* stream) {
-  const std::lock_guard<std::mutex> lock(mutex_);
+KnnProblem EpisodicMemory::problem(const float* embeddings) const {
   KnnProblem p;
   p.queries_name = "embeddings";
   p.queries = embeddings, p.keys = rows_.get();
   p.problems = streams_, p.num_queries = 1, p.num_keys = capacity_, p.dim = dim_, p.k = k_;
+  return p;
+}
+
+int64_t EpisodicMemory::workspace_bytes() const {
+#ifdef URLFAST_HAS_CUDA
+  if (device_.cuda) return episodic_workspace_cuda(problem(nullptr), device_.index);
+#endif
+  return 0;
+}
+
+void EpisodicMemory::step(const float* embeddings, const bool* reset, bool reset_on_device, float* distances,
+                          void* workspace, CUstream_st* stream) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  KnnProblem p = problem(embeddings);
   if (device_.cuda) {
 #ifdef URLFAST_HAS_CUDA
-    episodic_step_cuda(rows_.get(), total_.get(), p, reset, reset_on_device, distances, device_.index, stream);
+    episodic_step_cuda(rows_.get(), total_.get(), p, reset, reset_on_device, distances, workspace, device_.index,
+                       stream);
 #endif
     return;
   }
-  (void)reset_on_device, (void)stream;
+  (void)reset_on_device, (void)workspace, (void)stream;
   int64_t* total = total_.get();
   const auto* is_reset = reinterpret_cast<const uint8_t*>(reset);
   std::vector<int64_t> held(static_cast<size_t>(streams_)), indices(size_t(streams_ * k_));

@@ -25,8 +25,11 @@ class EpisodicMemory {
   // Empties the memories whose reset is set; writes each stream's k lowest distances, [streams, k], ascending and
   // padded with infinity; then appends, over the oldest row where a memory is full. embeddings: [streams, dim] on
   // device(); reset: [streams], on device() where reset_on_device, else on the host; read as bytes. On the CPU NaN and
-  // infinity throw std::invalid_argument and change nothing; on CUDA nothing waits for the device.
-  void step(const float* embeddings, const bool* reset, bool reset_on_device, float* distances, CUstream_st* stream);
+  // infinity throw std::invalid_argument and change nothing; on CUDA nothing waits for the device. workspace: on the
+  // device, workspace_bytes() of it (0 on the CPU), aligned to 256.
+  void step(const float* embeddings, const bool* reset, bool reset_on_device, float* distances, void* workspace,
+            CUstream_st* stream);
+  int64_t workspace_bytes() const;
 
   // Rows held by each stream, [streams]; and these rows, stream after stream, oldest first, or false where it holds
   // other numbers by now. On CUDA they wait.
@@ -35,6 +38,7 @@ class EpisodicMemory {
   void load(const std::vector<int64_t>& lengths, const float* rows);
 
  private:
+  KnnProblem problem(const float* embeddings) const;
   std::vector<int64_t> totals() const;  // on the host
 
   int64_t streams_, capacity_, dim_, k_;
@@ -45,7 +49,8 @@ class EpisodicMemory {
 };
 
 // knn_cuda.cu. All pointers on the device, but `reset` where it is not `reset_on_device`.
+int64_t episodic_workspace_cuda(const KnnProblem& p, int device);
 void episodic_step_cuda(float* rows, int64_t* total, const KnnProblem& p, const bool* reset, bool reset_on_device,
-                        float* distances, int device, CUstream_st* stream);
+                        float* distances, void* workspace, int device, CUstream_st* stream);
 
 }  // namespace urlfast

@@ -59,12 +59,16 @@ void knn_finish_cpu(const KnnProblem& p, const KnnReward& reward, const void* ke
                     void* out);
 
 // The same on a device: nothing waits for it, lengths are taken before the call returns, and NaN and infinity are not
-// looked for: they make the distances that they touch infinite or NaN, which come last.
-void knn_cuda(const KnnProblem& p, void* distances, int64_t* indices, int device, CUstream_st* stream);
-void knn_reward_cuda(const KnnProblem& p, const KnnReward& reward, void* out, int device, CUstream_st* stream);
-void knn_kept_cuda(const KnnProblem& p, const KnnReward& reward, void* kept, int device, CUstream_st* stream);
+// looked for: they make the distances that they touch infinite or NaN, which come last. workspace: on the device, as
+// many bytes as knn_workspace_cuda says, aligned to 256; its work on `stream` is over when the results are there.
+int64_t knn_workspace_cuda(const KnnProblem& p, int device);
+void knn_cuda(const KnnProblem& p, void* distances, int64_t* indices, void* workspace, int device, CUstream_st* stream);
+void knn_reward_cuda(const KnnProblem& p, const KnnReward& reward, void* out, void* workspace, int device,
+                     CUstream_st* stream);
+void knn_kept_cuda(const KnnProblem& p, const KnnReward& reward, void* kept, void* workspace, int device,
+                   CUstream_st* stream);
 // state: on the device.
 void knn_finish_cuda(const KnnProblem& p, const KnnReward& reward, const void* kept, const Statistic* state,
-                     StatisticRule rule, void* out, int device, CUstream_st* stream);
+                     StatisticRule rule, void* out, void* workspace, int device, CUstream_st* stream);
 
 }  // namespace urlfast

@@ -1,13 +1,11 @@
-// The search on a GPU: direct differences, tiles through shared memory, the best of each query kept sorted in shared
-// memory by the warp that computes its distances. No host synchronisation; everything on the caller's stream.
+// The search on a GPU. No host synchronisation; everything on the caller's stream, in memory that the caller brings.
 //
-// A block of 8 warps takes some queries of one problem and a part of its keys. Features come in chunks: a chunk of all
-// the tile's rows is read coalesced, waits in registers while the one before it is computed, and is stored transposed.
-// With many queries every warp has its own, and all of them the same keys; with few, every warp has the same queries
-// and its own keys. Where a query's keys were divided, over warps or blocks, a second kernel merges their best.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
+// The direct search (below) tiles queries and keys through shared memory, differences in registers, and the best of a
+// query stay sorted in the registers of the warp that computes its distances: a block of 8 warps takes some queries of
+// one problem and a part of its keys. Features come in chunks: a chunk of all the tile's rows is read coalesced, waits
+// in registers while the one before it is computed, and is stored transposed. With many queries every warp has its own,
+// and all of them the same keys; with few, every warp has the same queries and its own keys. Where a query's keys were
+// divided over blocks, a second kernel merges their best. With many features tensor cores go first (knn_tensor.cuh).
 #include <algorithm>
 #include <atomic>
 #include <type_traits>
@@ -15,208 +13,14 @@
 #include "common/cuda.hpp"
 #include "knn/episodic.hpp"
 #include "knn/knn.hpp"
+#include "knn/knn_select.cuh"
+#include "knn/knn_tensor.cuh"
 
 namespace urlfast {
 namespace {
 
-constexpr int kWarps = 8, kThreads = 32 * kWarps;
-constexpr unsigned kAll = 0xffffffffu;
-
-// Keys: a squared distance's bits above an index order as the pair does, ties to the lowest index. NaN comes after
-// infinity, and what is not there after both.
-template <class T>
-struct KeyOf;
-template <>
-struct KeyOf<float> {
-  using type = unsigned long long;
-};
-template <>
-struct KeyOf<double> {
-  using type = unsigned __int128;
-};
-template <class T>
-using Key = typename KeyOf<T>::type;
-template <class K>
-__device__ K nothing() {
-  return ~K(0);
-}
-__device__ unsigned long long make_key(float squared, unsigned index) {
-  return static_cast<unsigned long long>(__float_as_uint(squared)) << 32 | index;
-}
-__device__ unsigned __int128 make_key(double squared, unsigned index) {
-  return static_cast<unsigned __int128>(static_cast<unsigned long long>(__double_as_longlong(squared))) << 32 | index;
-}
-__device__ float distance_of(unsigned long long key) { return sqrtf(__uint_as_float(unsigned(key >> 32))); }
-__device__ double distance_of(unsigned __int128 key) {
-  return sqrt(__longlong_as_double(static_cast<long long>(static_cast<unsigned long long>(key >> 32))));
-}
-
-__device__ unsigned long long shuffle(unsigned long long key, int lane) { return __shfl_sync(kAll, key, lane); }
-__device__ unsigned long long shuffle_xor(unsigned long long key, int mask) { return __shfl_xor_sync(kAll, key, mask); }
-__device__ unsigned long long shuffle_up(unsigned long long key) { return __shfl_up_sync(kAll, key, 1); }
-template <class Move>
-__device__ unsigned __int128 by_halves(unsigned __int128 key, Move move) {
-  const auto low = static_cast<unsigned long long>(key), high = static_cast<unsigned long long>(key >> 64);
-  return static_cast<unsigned __int128>(move(high)) << 64 | move(low);
-}
-__device__ unsigned __int128 shuffle(unsigned __int128 key, int lane) {
-  return by_halves(key, [=](unsigned long long half) { return shuffle(half, lane); });
-}
-__device__ unsigned __int128 shuffle_xor(unsigned __int128 key, int mask) {
-  return by_halves(key, [=](unsigned long long half) { return shuffle_xor(half, mask); });
-}
-__device__ unsigned __int128 shuffle_up(unsigned __int128 key) {
-  return by_halves(key, [=](unsigned long long half) { return shuffle_up(half); });
-}
-
-// Bitonic networks over a warp: lane i ends with the i-th lowest.
-template <class K>
-__device__ K exchange(K key, int distance, bool keep_low) {
-  const K other = shuffle_xor(key, distance);
-  return (other < key) == keep_low ? other : key;
-}
-template <class K>
-__device__ K merge_warp(K key, int lane) {  // of a bitonic sequence
-#pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) key = exchange(key, distance, (lane & distance) == 0);
-  return key;
-}
-template <class K>
-__device__ K sort_warp(K key, int lane) {
-#pragma unroll
-  for (int size = 2; size <= 32; size *= 2)
-#pragma unroll
-    for (int distance = size / 2; distance > 0; distance /= 2)
-      key = exchange(key, distance, ((lane & distance) == 0) == ((lane & size) == 0));
-  return key;
-}
-
-// Takes a warp's candidates (one per lane where `mask` has its bit, else nothing()) into a sorted list of 32 * N keys.
-// Few are inserted one by one, many are sorted and merged. Not inlined: it is called rarely, from many places.
-template <class K, int N>
-__device__ __noinline__ void absorb(K* list, K candidate, unsigned mask) {
-  const int lane = threadIdx.x % 32;
-  K best[N];
-#pragma unroll
-  for (int j = 0; j < N; ++j) best[j] = list[32 * j + lane];
-  if (__popc(mask) <= 4) {
-    for (; mask; mask &= mask - 1) {
-      const K one = shuffle(candidate, __ffs(mask) - 1);
-#pragma unroll
-      for (int j = N - 1; j >= 0; --j) {  // from the end: an element's neighbour must still be the old one
-        K before = shuffle_up(best[j]);
-        const K carried = j > 0 ? shuffle(best[j > 0 ? j - 1 : 0], 31) : K(0);
-        if (lane == 0) before = carried;
-        const bool first = j == 0 && lane == 0;
-        if (!(best[j] < one)) best[j] = first || before < one ? one : before;
-      }
-    }
-  } else {
-    candidate = sort_warp(candidate, lane);
-#pragma unroll
-    for (int j = 0; j < N; ++j) {
-      const K other = shuffle(candidate, 31 - lane);
-      const K low = other < best[j] ? other : best[j], high = other < best[j] ? best[j] : other;
-      best[j] = merge_warp(low, lane);
-      candidate = merge_warp(high, lane);
-    }
-  }
-#pragma unroll
-  for (int j = 0; j < N; ++j) list[32 * j + lane] = best[j];
-  __syncwarp();
-}
-
-// Takes what of a warp's keys belongs among the first `width` of the list.
-template <class K, int N>
-__device__ void absorb_all(K* list, K key, int width) {
-  const bool wanted = key < list[width - 1];
-  const unsigned mask = __ballot_sync(kAll, wanted);
-  if (mask) absorb<K, N>(list, wanted ? key : nothing<K>(), mask);
-}
-
-// What the caller asked for -----------------------------------------------------------------------------------------
-
-enum class Result { neighbours, kept, reward };
-
-struct ProblemRow {  // of a ragged call
-  int64_t length;
-  int64_t kept_offset;  // where the problem's kept distances begin
-};
-
-struct Arguments {
-  const void* queries;
-  const void* keys;
-  int64_t num_queries, num_keys, dim, k;
-  int64_t query_tiles;  // blocks.x = problems * query_tiles, blocks.y = parts
-  const ProblemRow* table;
-  bool exclude_self;
-  // A round finds the neighbours [first, first + width): those above the last one of the round before.
-  int64_t first;
-  int width;
-  void* floors;  // [problems * num_queries] keys, or null: the last key of the round before, and of this one
-  void*
-      partials;  // [problems * num_queries, lists, width] keys, or null where no query's keys were divided over blocks
-  int lists;
-  // Results.
-  Result result;
-  void* distances;
-  int64_t* indices;  // or null
-  void* out;         // kept distances, or rewards
-  KnnReward reward;
-
-  __device__ int64_t length(int64_t s) const { return table ? table[s].length : num_keys; }
-};
-
-__device__ int64_t kept_of(int64_t found, bool kth) { return kth && found > 1 ? 1 : found; }
-
-// A row's sorted keys become what was asked for. All lanes of a warp; N registers' worth of keys.
-template <class T, int N>
-__device__ void emit(const Arguments& a, int64_t s, int64_t row, const Key<T>* list) {
-  const int lane = threadIdx.x % 32;
-  const int64_t problem_row = s * a.num_queries + row, length = a.length(s);
-  const int64_t found = a.k < length ? a.k : length;
-  if (a.floors && lane == 0) static_cast<Key<T>*>(a.floors)[problem_row] = list[a.width - 1];
-  double sum = 0;
-  const int64_t kept = kept_of(found, a.reward.kth);
-#pragma unroll
-  for (int j = 0; j < N; ++j) {
-    const int64_t at = a.first + 32 * j + lane;
-    if (32 * j + lane >= a.width || at >= a.k) continue;
-    const Key<T> key = list[32 * j + lane];
-    const bool there = key != nothing<Key<T>>();
-    const T distance = there ? distance_of(key) : T(INFINITY);
-    if (a.result == Result::neighbours) {
-      static_cast<T*>(a.distances)[problem_row * a.k + at] = distance;
-      if (a.indices) a.indices[problem_row * a.k + at] = there ? int64_t(unsigned(key)) : -1;
-    } else if (at < found && at >= found - kept) {
-      if (a.result == Result::kept) {
-        const int64_t offset = a.table ? a.table[s].kept_offset : s * a.num_queries * kept;
-        static_cast<T*>(a.out)[offset + row * kept + at - (found - kept)] = distance;
-      } else {
-        sum += knn_power(double(distance), a.reward.exponent);
-      }
-    }
-  }
-  if (a.result != Result::reward) return;
-#pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(kAll, sum, distance);
-  if (lane == 0) static_cast<T*>(a.out)[problem_row] = T(knn_log_reward(sum, kept, a.reward.c));
-}
-
-// The search --------------------------------------------------------------------------------------------------------
-
-__device__ float widen(float x) { return x; }
-__device__ double widen(double x) { return x; }
-__device__ float widen(__half x) { return __half2float(x); }
-__device__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
-
-template <class T, int N>
-struct alignas(sizeof(T) * N > 16 ? 16 : sizeof(T) * N) Pack {
-  T v[N];
-};
-
 // TQ queries a warp, QW of the 8 warps side by side along the queries and the rest along the keys, TK keys a lane,
-// lists of 32 * N keys.
+// 32 * N neighbours.
 template <class T_, class Item_, int TQ_, int QW_, int TK_, int N_>
 struct Shape {
   using T = T_;
@@ -225,120 +29,152 @@ struct Shape {
   static constexpr int KW = kWarps / QW;
   static constexpr int queries = TQ * QW, keys = 32 * TK * KW;  // rows of a block's tiles
   static constexpr int chunk = sizeof(T) == 8 ? 8 : 16;         // features at a time
-  static constexpr int lists = kWarps * TQ;
-  static constexpr int pad = 16 / int(sizeof(T));  // keeps rows of the transposed tiles aligned, and off one bank
+  static constexpr int pad = 16 / int(sizeof(T));               // keeps rows of the transposed tiles aligned
+  static constexpr int query_stride = queries + pad, key_stride = keys + pad;
+  static constexpr int tile_bytes = chunk * (query_stride + key_stride) * int(sizeof(T));
+  static constexpr int list_bytes = KW > 1 ? kWarps * TQ * 32 * N * int(sizeof(Key<T>)) : 0;
+  static constexpr int shared = tile_bytes > list_bytes ? tile_bytes : list_bytes;
+  static constexpr int blocks = TQ == 1 ? 3 : 2;  // of a multiprocessor: one query is a matter of bytes in flight
 };
 
-// A chunk of a tile's rows: into registers, coalesced; then transposed into shared memory.
+// A chunk of a tile's rows: into registers; then transposed into shared memory. A warp reads 16 rows by 32 bytes (64 of
+// doubles): whole sectors, and columns of the transposed tile that lie in different banks.
 template <class S, int Rows>
 struct Chunk {
-  static constexpr int count = (Rows * S::chunk + kThreads - 1) / kThreads;
-  typename S::T value[count];
+  using T = typename S::T;
+  static constexpr int pieces = S::chunk / kGroup, half = pieces / 2;  // pieces of a row; warps side by side
+  static constexpr int step = 16 * kWarps / half;                      // rows that the block reads at once
+  static constexpr int count = (Rows + step - 1) / step;
+  Pack<T, kGroup> value[count];
 
-  __device__ void read(const typename S::Item* rows, int64_t have, int64_t dim, int64_t feature) {
+  __device__ static int row_of(int i) { return int(threadIdx.x) / 32 / half * 16 + int(threadIdx.x) % 16 + i * step; }
+  __device__ static int column() { return (int(threadIdx.x) / 32 % half * 2 + int(threadIdx.x) / 16 % 2) * kGroup; }
+  __device__ void read(const typename S::Item* rows, int64_t have, int64_t dim, int64_t feature, bool wide) {
 #pragma unroll
     for (int i = 0; i < count; ++i) {
-      const int item = threadIdx.x + i * kThreads, row = item / S::chunk;
-      const int64_t d = feature + item % S::chunk;
-      value[i] = row < have && d < dim && row < Rows ? widen(rows[row * dim + d]) : typename S::T(0);
+      const int row = row_of(i);
+      const int64_t d = row < have && row < Rows ? feature + column() : dim;  // zeros from there on
+      value[i] = read_group<T>(rows + row * dim, d, dim, wide);
     }
   }
-  __device__ void write(typename S::T* shared) const {
+  __device__ void write(T* shared) const {
 #pragma unroll
     for (int i = 0; i < count; ++i) {
-      const int item = threadIdx.x + i * kThreads, row = item / S::chunk;
-      if (row < Rows) shared[item % S::chunk * (Rows + S::pad) + row] = value[i];
+      const int row = row_of(i);
+      if (row >= Rows) continue;
+#pragma unroll
+      for (int e = 0; e < kGroup; ++e) shared[(column() + e) * (Rows + S::pad) + row] = value[i].v[e];
     }
   }
 };
 
 template <class S>
-__global__ void __launch_bounds__(kThreads, 2) search(const __grid_constant__ Arguments a) {
+__global__ void __launch_bounds__(kThreads, S::blocks) search(const __grid_constant__ Arguments a) {
   using T = typename S::T;
   using K = Key<T>;
-  constexpr int query_stride = S::queries + S::pad, key_stride = S::keys + S::pad;
-  __shared__ alignas(16) T query_tile[S::chunk * query_stride];
-  __shared__ alignas(16) T key_tile[S::chunk * key_stride];
-  __shared__ alignas(16) K lists[S::lists * 32 * S::N];
+  __shared__ alignas(16) char memory[S::shared];  // the tiles; then the lists of warps that share their queries
+  T* const query_tile = reinterpret_cast<T*>(memory);
+  T* const key_tile = query_tile + S::chunk * S::query_stride;
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int query_warp = warp % S::QW, key_warp = warp / S::QW;
   const int64_t s = blockIdx.x / a.query_tiles, row0 = blockIdx.x % a.query_tiles * S::queries;
-  const int64_t length = a.length(s), rows = min(int64_t(S::queries), a.num_queries - row0);
+  const int64_t length = a.length(s);
+  const int rows = int(min(int64_t(S::queries), a.num_queries - row0));
+  if (a.candidates && !__syncthreads_or(int(threadIdx.x) < rows && a.searched(s * a.num_queries + row0 + threadIdx.x)))
+    return;
   const int64_t begin = length * blockIdx.y / gridDim.y, end = length * (blockIdx.y + 1) / gridDim.y;
   const auto* queries = static_cast<const typename S::Item*>(a.queries) + (s * a.num_queries + row0) * a.dim;
   const auto* keys = static_cast<const typename S::Item*>(a.keys) + s * a.num_keys * a.dim;
   const int query0 = query_warp * S::TQ;  // this warp's first query in the tile
-  K* const own = lists + warp * S::TQ * 32 * S::N;
-  for (int i = lane; i < S::TQ * 32 * S::N; i += 32) own[i] = nothing<K>();
-  __syncwarp();
+  Best<K, S::N> best[S::TQ];
+#pragma unroll
+  for (int i = 0; i < S::TQ; ++i) best[i].clear();
   Chunk<S, S::queries> next_queries;
   Chunk<S, S::keys> next_keys;
   for (int64_t tile = begin; tile < end; tile += S::keys) {
-    const int64_t columns = min(int64_t(S::keys), end - tile);
+    const int columns = int(min(int64_t(S::keys), end - tile));
     T sum[S::TQ][S::TK] = {};
-    next_queries.read(queries, rows, a.dim, 0);
-    next_keys.read(keys + tile * a.dim, columns, a.dim, 0);
+    next_queries.read(queries, rows, a.dim, 0, a.wide);
+    next_keys.read(keys + tile * a.dim, columns, a.dim, 0, a.wide);
     for (int64_t feature = 0; feature < a.dim; feature += S::chunk) {
       __syncthreads();  // the chunk before this one has been used by all
       next_queries.write(query_tile);
       next_keys.write(key_tile);
       __syncthreads();
       if (feature + S::chunk < a.dim) {
-        next_queries.read(queries, rows, a.dim, feature + S::chunk);
-        next_keys.read(keys + tile * a.dim, columns, a.dim, feature + S::chunk);
+        next_queries.read(queries, rows, a.dim, feature + S::chunk, a.wide);
+        next_keys.read(keys + tile * a.dim, columns, a.dim, feature + S::chunk, a.wide);
       }
 #pragma unroll
       for (int d = 0; d < S::chunk; ++d) {  // features beyond the last are zeros in both tiles
-        const auto q = *reinterpret_cast<const Pack<T, S::TQ>*>(query_tile + d * query_stride + query0);
+        const auto q = *reinterpret_cast<const Pack<T, S::TQ>*>(query_tile + d * S::query_stride + query0);
         const auto k =
-            *reinterpret_cast<const Pack<T, S::TK>*>(key_tile + d * key_stride + (key_warp * 32 + lane) * S::TK);
+            *reinterpret_cast<const Pack<T, S::TK>*>(key_tile + d * S::key_stride + (key_warp * 32 + lane) * S::TK);
 #pragma unroll
         for (int i = 0; i < S::TQ; ++i)
 #pragma unroll
-          for (int j = 0; j < S::TK; ++j) {
-            const T difference = k.v[j] - q.v[i];
-            sum[i][j] += difference * difference;
-          }
+          for (int j = 0; j < S::TK; ++j) sum[i][j] = add_square(sum[i][j], k.v[j] - q.v[i]);
       }
     }
+    const int column0 = (key_warp * 32 + lane) * S::TK;
 #pragma unroll
     for (int i = 0; i < S::TQ; ++i) {
       if (query0 + i >= rows) continue;  // the same for all lanes
-      K* const list = own + i * 32 * S::N;
-      K worst = list[a.width - 1];
-      // In a later round: the last that was found before, above which the search goes on.
-      const K floor = a.first > 0 ? static_cast<const K*>(a.floors)[s * a.num_queries + row0 + query0 + i] : K(0);
+      const int64_t row = row0 + query0 + i;
+      K worst = best[i].nth(a.width - 1);
+      const T farthest = squared_of(worst);  // NaN while there is room
+      unsigned wanted = 0;                   // of this lane's keys; nearly always none, so that is asked cheaply
 #pragma unroll
-      for (int j = 0; j < S::TK; ++j) {
-        const int column = (key_warp * 32 + lane) * S::TK + j;
-        const int64_t index = tile + column;
-        const K key = make_key(sum[i][j], unsigned(index));
-        const bool wanted = column < columns && key < worst && (a.first == 0 || key > floor) &&
-                            !(a.exclude_self && index == row0 + query0 + i);
-        const unsigned mask = __ballot_sync(kAll, wanted);
-        if (!mask) continue;
-        absorb<K, S::N>(list, wanted ? key : nothing<K>(), mask);
-        worst = list[a.width - 1];
+      for (int j = 0; j < S::TK; ++j)
+        if (!(sum[i][j] > farthest) && column0 + j < columns && !(a.exclude_self && tile + column0 + j == row))
+          wanted |= 1u << j;
+      if (!__ballot_sync(kAll, wanted != 0)) continue;
+      // In a later round: the last that was found before, above which the search goes on.
+      const K floor = a.first > 0 ? static_cast<const K*>(a.floors)[s * a.num_queries + row] : K(0);
+      for (;;) {  // each lane's nearest at a time
+        K mine = nothing<K>();
+        int at = 0;
+#pragma unroll
+        for (int j = 0; j < S::TK; ++j) {
+          const K key = make_key(sum[i][j], unsigned(tile + column0 + j));
+          if ((wanted >> j & 1) && key < worst && key < mine && (a.first == 0 || key > floor)) mine = key, at = j;
+        }
+        const unsigned mask = __ballot_sync(kAll, mine != nothing<K>());
+        if (!mask) break;
+        best[i].absorb(mine, mask);
+        if (mine != nothing<K>()) wanted &= ~(1u << at);
+        worst = best[i].nth(a.width - 1);
       }
     }
   }
-  if constexpr (S::KW > 1) __syncthreads();
-  // Warps that shared their queries meet: each takes some queries and the others' lists of them.
-  for (int i = S::KW > 1 ? warp : 0; i < S::TQ && query0 + i < rows; i += S::KW > 1 ? kWarps : 1) {
-    K* const list = (S::KW > 1 ? lists : own) + i * 32 * S::N;
-    if constexpr (S::KW > 1)
-      for (int w = 1; w < S::KW; ++w) {
-        const K* const other = lists + (w * S::TQ + i) * 32 * S::N;
-        for (int j = lane; j < 32 * S::N; j += 32) absorb_all<K, S::N>(list, other[j], a.width);
-      }
+  const auto done = [&](const Best<K, S::N>& own, int i) {
     const int64_t row = row0 + query0 + i;
-    if (!a.partials) {
-      emit<T, S::N>(a, s, row, list);
-      continue;
-    }
+    if (!a.partials) return emit<T, S::N>(a, s, row, own);
     K* const to = static_cast<K*>(a.partials) + ((s * a.num_queries + row) * gridDim.y + blockIdx.y) * a.width;
-    for (int j = lane; j < a.width; j += 32) to[j] = list[j];
+#pragma unroll
+    for (int j = 0; j < S::N; ++j)
+      if (32 * j + lane < a.width) to[32 * j + lane] = own.key[j];
+  };
+  if constexpr (S::KW == 1) {
+#pragma unroll
+    for (int i = 0; i < S::TQ; ++i)
+      if (query0 + i < rows) done(best[i], i);
+  } else {  // warps that shared their queries meet: each takes some of these, and all lists of them
+    K* const lists = reinterpret_cast<K*>(memory);
+    __syncthreads();  // the tiles have been used by all
+#pragma unroll
+    for (int i = 0; i < S::TQ; ++i)
+#pragma unroll
+      for (int j = 0; j < S::N; ++j) lists[(warp * S::TQ + i) * 32 * S::N + 32 * j + lane] = best[i].key[j];
+    __syncthreads();
+    for (int i = warp; i < rows; i += kWarps) {
+      Best<K, S::N> all;
+      all.clear();
+      for (int w = 0; w < kWarps; ++w)
+        for (int j = 0; j < S::N; ++j) all.absorb_all(lists[(w * S::TQ + i) * 32 * S::N + 32 * j + lane], a.width);
+      done(all, i);
+    }
   }
 }
 
@@ -346,18 +182,15 @@ __global__ void __launch_bounds__(kThreads, 2) search(const __grid_constant__ Ar
 template <class T, int N>
 __global__ void __launch_bounds__(kThreads) merge(const __grid_constant__ Arguments a, int64_t rows) {
   using K = Key<T>;
-  __shared__ alignas(16) K lists[kWarps * 32 * N];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t row = int64_t(blockIdx.x) * kWarps + warp;
-  if (row >= rows) return;
-  K* const list = lists + warp * 32 * N;
-  for (int j = lane; j < 32 * N; j += 32) list[j] = nothing<K>();
-  __syncwarp();
-  const int64_t count = int64_t(a.lists) * a.width;
+  if (row >= rows || !a.searched(row)) return;
+  Best<K, N> best;
+  best.clear();
+  const int64_t count = int64_t(a.parts) * a.width;
   const K* const from = static_cast<const K*>(a.partials) + row * count;
-  for (int64_t j = 0; j < count; j += 32)
-    absorb_all<K, N>(list, j + lane < count ? from[j + lane] : nothing<K>(), a.width);
-  emit<T, N>(a, row / a.num_queries, row % a.num_queries, list);
+  for (int64_t j = 0; j < count; j += 32) best.absorb_all(j + lane < count ? from[j + lane] : nothing<K>(), a.width);
+  emit<T, N>(a, row / a.num_queries, row % a.num_queries, best);
 }
 
 // A warp per query: kept distances to rewards. `state` null: nothing divides them.
@@ -367,9 +200,9 @@ __global__ void __launch_bounds__(kThreads) finish(const __grid_constant__ Argum
   const int lane = threadIdx.x % 32;
   const int64_t problem_row = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32;
   if (problem_row >= rows) return;
-  const int64_t s = problem_row / a.num_queries, row = problem_row % a.num_queries, length = a.length(s);
-  const int64_t n = kept_of(a.k < length ? a.k : length, a.reward.kth);
-  const T* const from = kept + (a.table ? a.table[s].kept_offset : s * a.num_queries * n) + row * n;
+  const int64_t s = problem_row / a.num_queries, row = problem_row % a.num_queries;
+  const int64_t n = kept_of(a, a.length(s));
+  const T* const from = kept + kept_offset(a, s) + row * n;
   const double inverse = state ? 1 / statistic_scale(*state, rule) : 1;
   double sum = 0;
   for (int64_t i = lane; i < n; i += 32)
@@ -410,107 +243,199 @@ __global__ void append(const float* embeddings, int64_t capacity, int64_t dim, i
   if (threadIdx.x == 0) ++total[n];
 }
 
-// Launching ---------------------------------------------------------------------------------------------------------
-
-// Memory for one call, ordered by the stream where the device has memory pools.
-class StreamMemory {
- public:
-  StreamMemory(int64_t bytes, int device, CUstream_st* stream) : stream_(stream) {
-    if (bytes == 0) return;
-    int pools = 0;
-    URLFAST_CUDA_CHECK(cudaDeviceGetAttribute(&pools, cudaDevAttrMemoryPoolsSupported, device));
-    pooled_ = pools != 0;
-    URLFAST_CUDA_CHECK(pooled_ ? cudaMallocAsync(&data_, size_t(bytes), stream) : cudaMalloc(&data_, size_t(bytes)));
-  }
-  ~StreamMemory() {
-    if (!data_) return;
-    if (pooled_)
-      cudaFreeAsync(data_, stream_);
-    else
-      cudaFree(data_);  // waits for the device, so nothing still uses it
-  }
-  StreamMemory(const StreamMemory&) = delete;
-  StreamMemory& operator=(const StreamMemory&) = delete;
-  void* get() const { return data_; }
-
- private:
-  void* data_ = nullptr;
-  CUstream_st* stream_;
-  bool pooled_ = false;
-};
+// Planning: what depends on the shape and the device alone ---------------------------------------------------------
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-int multiprocessors(int device) {
-  static std::atomic<int> known[64];
-  int count = device < 64 ? known[device].load(std::memory_order_relaxed) : 0;
-  if (count == 0) {
-    URLFAST_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
-    if (device < 64) known[device].store(count, std::memory_order_relaxed);
-  }
-  return count;
+struct DeviceFacts {
+  int processors, capability;  // multiprocessors; 80 for 8.0
+};
+DeviceFacts facts_of(int device) {
+  static std::atomic<uint64_t> known[64];  // asking costs more than a small launch
+  const uint64_t packed = device < 64 ? known[device].load(std::memory_order_relaxed) : 0;
+  if (packed) return {int(packed >> 32), int(packed & 0xffffffff)};
+  int processors = 0, major = 0, minor = 0;
+  URLFAST_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+  URLFAST_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  URLFAST_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+  const DeviceFacts facts{processors, major * 10 + minor};
+  if (device < 64) known[device].store(uint64_t(facts.processors) << 32 | uint64_t(facts.capability));
+  return facts;
 }
 
-struct Call {
-  const KnnProblem& p;
-  KnnReward reward;
-  int device;
-  CUstream_st* stream;
+constexpr int kMostWidth = 128;                       // neighbours that one round finds
+constexpr int64_t kBlocksEach = 2;                    // of a multiprocessor, before a query's keys stay together
+constexpr int64_t kMostPartials = int64_t(64) << 20;  // bytes
+// A block reads at least this many features of every row of its tiles before its best are merged with others': less is
+// over before the launch that merges.
+constexpr int64_t kLeastFeatures = 64;
 
-  int64_t rows() const { return p.problems * p.num_queries; }
-  int64_t longest() const { return p.lengths ? *std::max_element(p.lengths, p.lengths + p.problems) : p.num_keys; }
-  int64_t kept_count() const {
-    int64_t count = 0;
-    for (int64_t s = 0; s < p.problems; ++s) count += p.num_queries * knn_kept(p, reward, s);
-    return count;
+enum class Tiles { one, few, many };  // queries of a problem that share the keys that are read
+
+// Queries and keys of a tile, as choose_shape has them.
+struct TileSize {
+  int64_t queries, keys;
+};
+TileSize tile_size(Tiles tiles, bool f64, bool long_lists) {
+  const int64_t many = 8 / (f64 ? 2 : 1) / (long_lists ? 2 : 1);
+  if (tiles == Tiles::one) return {1, 256};
+  if (tiles == Tiles::few) return {long_lists ? many / 2 : many, 256};
+  return {many * kWarps, f64 ? 64 : 128};
+}
+
+// The launches of a call, and what each part of its workspace is for. Rewards of more neighbours than one round finds
+// are kept distances first.
+struct Plan {
+  Plan(const KnnProblem& p, int64_t longest_, bool table_, int device) : longest(longest_) {
+    const DeviceFacts facts = facts_of(device);
+    const bool f64 = p.dtype == DType::f64;
+    const int64_t rows = p.problems * p.num_queries, key_bytes = f64 ? 16 : 8;
+    // Neighbours have padding to be written, too, where k goes beyond the longest memory.
+    rounds = ceil_div(p.k, kMostWidth);
+    const int64_t width = std::min<int64_t>(p.k, kMostWidth);
+    long_lists = width > 32;
+
+    const auto blocks_of = [&](Tiles t) {
+      return p.problems * ceil_div(p.num_queries, tile_size(t, f64, long_lists).queries);
+    };
+    const auto parts_of = [&](Tiles t) {
+      const int64_t key_tiles = ceil_div(longest, tile_size(t, f64, long_lists).keys);
+      const int64_t n =
+          std::min(ceil_div(kBlocksEach * facts.processors, blocks_of(t)), key_tiles / ceil_div(kLeastFeatures, p.dim));
+      return std::clamp<int64_t>(std::min(n, kMostPartials / (rows * width * key_bytes)), 1, 65535);
+    };
+    tiles = Tiles::many;  // the fewest bytes, if there is work for all multiprocessors
+    if (p.num_queries == 1)
+      tiles = Tiles::one;
+    else if (p.num_queries <= 16 || blocks_of(Tiles::many) * parts_of(Tiles::many) < facts.processors)
+      tiles = Tiles::few;
+    parts = parts_of(tiles);
+    blocks = blocks_of(tiles);
+    if (blocks > 0x7fffffff)
+      throw std::invalid_argument(std::string(p.queries_name) + ": too many rows for one launch");
+
+    table = take(table_ ? p.problems * int64_t(sizeof(ProblemRow)) : 0);
+    partials = take(parts > 1 ? rows * parts * width * key_bytes : 0);
+    floors = take(rounds > 1 ? rows * key_bytes : 0);
+    kept = take(rounds > 1 ? rows * p.k * (f64 ? 8 : 4) : 0);
+    plan_first_pass(p, facts);
   }
-  Arguments arguments() const {
-    Arguments a{};
+
+  int64_t longest, rounds, parts, blocks;
+  bool long_lists;
+  Tiles tiles;
+  int64_t bytes = 0;
+  int64_t table, partials, floors, kept;  // where in the workspace
+  // The first pass, where it pays.
+  bool first_pass = false;
+  int64_t pass_tiles = 0, pass_parts = 0, pass_width = 0, room = 0;
+  int64_t rounded = 0, points = 0, centre = 0, upper = 0, limits = 0, count = 0, candidate = 0;
+
+ private:
+  int64_t take(int64_t n) {
+    const int64_t at = bytes;
+    bytes += (n + 255) & ~int64_t(255);
+    return at;
+  }
+  void plan_first_pass(const KnnProblem& p, DeviceFacts facts) {
+    constexpr int64_t kLeastWork = int64_t(1) << 29;    // multiplications: below, seven launches cost what they save
+    constexpr int64_t kMostRounded = int64_t(1) << 32;  // bytes
+    const int64_t rows = p.problems * p.num_queries, points_count = p.problems * p.num_keys + (p.self ? 0 : rows);
+    pass_width = ceil_div(p.dim, kSlice) * kSlice;
+    const double work = double(rows) * double(longest) * double(p.dim);
+    if (facts.capability < 80 || p.dtype == DType::f64 || p.dim < 128 || p.dim > kBoundMostDim || p.num_queries < 64 ||
+        longest < 1024 || p.k > kMostWidth || work < double(kLeastWork) ||
+        double(points_count) * double(pass_width) * 2 > double(kMostRounded))
+      return;
+    const int64_t key_tiles = ceil_div(longest, kTile);
+    pass_tiles = ceil_div(p.num_queries, kTile);
+    // As many groups as make their k-th least bound nearly the k-th least of all, and blocks enough to fill the device.
+    const int64_t wanted =
+        std::max(ceil_div(kBlocksEach * facts.processors, p.problems * pass_tiles), ceil_div(8 * p.k, kPartGroups));
+    pass_parts = std::min(std::min(key_tiles, wanted), std::max<int64_t>(1, kMostPartials / (rows * kPartGroups * 4)));
+    if (pass_parts * kPartGroups < 2 * p.k || p.problems * pass_tiles > 0x7fffffff || pass_parts > 65535 ||
+        p.problems > 65535)
+      return;
+    first_pass = true;
+    room = ceil_div(4 * p.k + 64, 32) * 32;
+    rounded = take(points_count * pass_width * 2);
+    points = take(points_count * int64_t(sizeof(KnnPoint)));
+    centre = take(p.problems * pass_width * 4);
+    upper = take(rows * pass_parts * kPartGroups * 4);
+    limits = take(rows * 4);
+    count = take(rows * 4);
+    candidate = take(rows * room * 4);
+  }
+};
+
+// Launching ---------------------------------------------------------------------------------------------------------
+
+struct Call {
+  // held: lengths that are known to the device alone; null: those of the problem.
+  Call(const KnnProblem& problem, const KnnReward& reward, void* workspace_, int device, CUstream_st* stream_,
+       bool held = false)
+      : p(problem),
+        guard(device),
+        plan(problem, held || !problem.lengths ? problem.num_keys : longest_of(problem), held || tabled(problem),
+             device),
+        workspace(static_cast<char*>(workspace_)),
+        stream(stream_) {
     a.queries = p.queries, a.keys = p.keys;
     a.num_queries = p.num_queries, a.num_keys = p.num_keys, a.dim = p.dim, a.k = p.k;
+    a.ragged = held || p.lengths;
     a.exclude_self = p.self && !p.include_self;
+    const int64_t group = kGroup * item_size(p.dtype);
+    const auto aligned = [=](const void* at) {
+      return reinterpret_cast<uintptr_t>(at) % uintptr_t(std::min<int64_t>(group, 16)) == 0;
+    };
+    a.wide = p.dim % kGroup == 0 && aligned(p.queries) && aligned(p.keys);
     a.reward = reward;
-    return a;
+    a.parts = int(plan.parts);
+    a.partials = plan.parts > 1 ? at<void>(plan.partials) : nullptr;
+    if (held || tabled(p)) a.table = at<ProblemRow>(plan.table);
+    if (tabled(p))
+      upload_table();
+    else if (p.lengths)
+      std::copy_n(p.lengths, p.problems, a.lengths);
   }
-  int64_t table_bytes() const { return p.lengths ? p.problems * int64_t(sizeof(ProblemRow)) : 0; }
-  void upload_table(ProblemRow* to) const {
-    if (!p.lengths) return;
+
+  static int64_t longest_of(const KnnProblem& p) { return *std::max_element(p.lengths, p.lengths + p.problems); }
+  static bool tabled(const KnnProblem& p) { return p.lengths && p.problems > kFewProblems; }
+  static int64_t workspace_bytes(const KnnProblem& p, int device, bool held = false) {
+    return Plan(p, held || !p.lengths ? p.num_keys : longest_of(p), held || tabled(p), device).bytes;
+  }
+  template <class T>
+  T* at(int64_t offset) const {
+    return reinterpret_cast<T*>(workspace + offset);
+  }
+  int64_t rows() const { return p.problems * p.num_queries; }
+
+  void upload_table() const {
     int64_t offset = 0;
     for (int64_t s = 0; s < p.problems; s += kTablePart) {
       TablePart part{};
       const int count = int(std::min<int64_t>(kTablePart, p.problems - s));
       for (int i = 0; i < count; ++i) {
         part.rows[i] = {p.lengths[s + i], offset};
-        offset += p.num_queries * knn_kept(p, reward, s + i);
+        offset += p.num_queries * knn_kept(p, a.reward, s + i);
       }
-      fill_table<<<1, kThreads, 0, stream>>>(part, to + s, count);
+      fill_table<<<1, kThreads, 0, stream>>>(part, at<ProblemRow>(plan.table) + s, count);
       URLFAST_CUDA_CHECK(cudaGetLastError());
     }
   }
-};
 
-// One block should find work of at least this many tiles of keys; a device is full with this many blocks for each of
-// its multiprocessors.
-constexpr int64_t kTilesOfPart = 4, kBlocksEach = 4;
-constexpr int64_t kMostPartials = int64_t(64) << 20;  // bytes
+  const KnnProblem& p;
+  DeviceGuard guard;
+  Plan plan;
+  char* workspace;
+  CUstream_st* stream;
+  Arguments a{};
+};
 
 template <class S>
 void launch_search(const Call& call, Arguments a) {
-  using K = Key<typename S::T>;
-  const KnnProblem& p = call.p;
-  const int64_t longest = call.longest();
-  a.query_tiles = ceil_div(p.num_queries, S::queries);
-  const int64_t blocks = p.problems * a.query_tiles;
-  if (blocks > 0x7fffffff) throw std::invalid_argument(std::string(p.queries_name) + ": too many rows for one launch");
-  int64_t parts = ceil_div(kBlocksEach * multiprocessors(call.device), blocks);
-  parts = std::min(parts, longest / (kTilesOfPart * S::keys));
-  parts = std::min(parts, kMostPartials / (call.rows() * a.width * int64_t(sizeof(K))));
-  parts = std::clamp<int64_t>(parts, 1, 65535);
-  a.lists = int(parts);
-  const StreamMemory partials(a.lists > 1 ? call.rows() * a.lists * a.width * int64_t(sizeof(K)) : 0, call.device,
-                              call.stream);
-  a.partials = partials.get();
-  search<S><<<dim3(unsigned(blocks), unsigned(parts)), kThreads, 0, call.stream>>>(a);
+  a.query_tiles = ceil_div(call.p.num_queries, S::queries);
+  search<S><<<dim3(unsigned(call.plan.blocks), unsigned(call.plan.parts)), kThreads, 0, call.stream>>>(a);
   URLFAST_CUDA_CHECK(cudaGetLastError());
   if (!a.partials) return;
   merge<typename S::T, S::N><<<unsigned(ceil_div(call.rows(), kWarps)), kThreads, 0, call.stream>>>(a, call.rows());
@@ -519,31 +444,63 @@ void launch_search(const Call& call, Arguments a) {
 
 template <class T, class Item, int N>
 void choose_shape(const Call& call, const Arguments& a) {
-  // Longer lists leave room for fewer of them in 48 kB, which every device has; float64 takes twice the room.
+  // Longer lists leave registers for fewer of them; float64 takes twice the room.
   constexpr int many = 8 / (sizeof(T) == 8 ? 2 : 1) / (N > 1 ? 2 : 1), few = N > 1 ? many / 2 : many;
-  if (call.p.num_queries == 1)
+  if (call.plan.tiles == Tiles::one)
     launch_search<Shape<T, Item, 1, 1, 1, N>>(call, a);
-  else if (call.p.num_queries <= 2 * many)
+  else if (call.plan.tiles == Tiles::few)
     launch_search<Shape<T, Item, few, 1, 1, N>>(call, a);
   else
     launch_search<Shape<T, Item, many, kWarps, sizeof(T) == 8 ? 2 : 4, N>>(call, a);
 }
 
-constexpr int kMostWidth = 128;  // neighbours that one round finds
+template <class Item>
+void launch_first_pass(const Call& call, Arguments& a) {
+  const Plan& plan = call.plan;
+  const KnnProblem& p = call.p;
+  const int64_t keys = p.problems * p.num_keys;
+  Rounded r{};
+  r.a = a;
+  r.a.query_tiles = plan.pass_tiles;
+  r.rows = call.at<__nv_bfloat16>(plan.rounded), r.points = call.at<KnnPoint>(plan.points);
+  r.centre = call.at<float>(plan.centre), r.upper = call.at<float>(plan.upper);
+  r.limits = call.at<float>(plan.limits), r.count = call.at<unsigned>(plan.count);
+  r.candidate = call.at<unsigned>(plan.candidate);
+  r.problems = p.problems, r.width = plan.pass_width, r.first_query = p.self ? 0 : keys;
+  r.groups = int(plan.pass_parts) * kPartGroups, r.room = unsigned(plan.room);
+  const int64_t points = p.self ? keys : keys + call.rows();
+  const auto grid = [](int64_t n) { return unsigned(ceil_div(n, kWarps)); };
+  centre<Item><<<dim3(unsigned(ceil_div(r.width, kThreads)), unsigned(p.problems)), kThreads, 0, call.stream>>>(r);
+  URLFAST_CUDA_CHECK(cudaGetLastError());
+  prepare<Item><<<grid(points), kThreads, 0, call.stream>>>(r, points);
+  URLFAST_CUDA_CHECK(cudaGetLastError());
+  const auto pass = [&](auto* kernel) {
+    URLFAST_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kFirstPassShared));
+    const dim3 blocks(unsigned(p.problems * plan.pass_tiles), unsigned(plan.pass_parts));
+    kernel<<<blocks, kThreads, kFirstPassShared, call.stream>>>(r);
+    URLFAST_CUDA_CHECK(cudaGetLastError());
+  };
+  pass(first_pass<false>);
+  threshold<<<grid(call.rows()), kThreads, 0, call.stream>>>(r, call.rows());
+  URLFAST_CUDA_CHECK(cudaGetLastError());
+  pass(first_pass<true>);
+  rank<Item><<<unsigned(call.rows()), 32 * kRankWarps, 0, call.stream>>>(r);
+  URLFAST_CUDA_CHECK(cudaGetLastError());
+  a.candidates = r.count, a.most_candidates = r.room;
+}
 
 template <class T, class Item>
 void rounds(const Call& call, Arguments a) {
-  // Neighbours have padding to be written, too, where k goes beyond the longest memory.
-  const int64_t most = std::max<int64_t>(1, std::min(call.p.k, call.longest()));
-  const int64_t last = a.result == Result::neighbours ? call.p.k : most;
-  const StreamMemory floors(last > kMostWidth ? call.rows() * int64_t(sizeof(Key<T>)) : 0, call.device, call.stream);
-  a.floors = floors.get();
-  for (a.first = 0; a.first < last; a.first += kMostWidth) {
-    a.width = int(std::min<int64_t>(kMostWidth, last - a.first));
-    if (a.width <= 32 && !a.floors)
-      choose_shape<T, Item, 1>(call, a);
-    else
+  const Plan& plan = call.plan;
+  a.floors = plan.rounds > 1 ? call.at<void>(plan.floors) : nullptr;
+  for (a.first = 0; a.first < a.k; a.first += kMostWidth) {
+    a.width = int(std::min<int64_t>(kMostWidth, a.k - a.first));
+    if constexpr (sizeof(T) == 4)
+      if (plan.first_pass) launch_first_pass<Item>(call, a);
+    if (plan.long_lists)
       choose_shape<T, Item, 4>(call, a);
+    else
+      choose_shape<T, Item, 1>(call, a);
   }
 }
 
@@ -560,7 +517,9 @@ void run(const Call& call, const Arguments& a) {
   }
 }
 
-void launch_finish(const Call& call, const Arguments& a, const void* kept, const Statistic* state, StatisticRule rule) {
+void launch_finish(const Call& call, const void* kept, void* out, const Statistic* state, StatisticRule rule) {
+  Arguments a = call.a;
+  a.out = out;
   const unsigned blocks = unsigned(ceil_div(call.rows(), kWarps));
   if (call.p.dtype == DType::f64)
     finish<<<blocks, kThreads, 0, call.stream>>>(a, static_cast<const double*>(kept), call.rows(), state, rule);
@@ -569,73 +528,58 @@ void launch_finish(const Call& call, const Arguments& a, const void* kept, const
   URLFAST_CUDA_CHECK(cudaGetLastError());
 }
 
-// A call with its table on its device, which is the current one meanwhile.
-struct Launch {
-  explicit Launch(const Call& c)
-      : guard(c.device), call(c), table(c.table_bytes(), c.device, c.stream), a(c.arguments()) {
-    auto* const rows = static_cast<ProblemRow*>(table.get());
-    call.upload_table(rows);
-    a.table = rows;
-  }
-  DeviceGuard guard;
-  Call call;
-  StreamMemory table;
-  Arguments a;
-};
-
 }  // namespace
 
-void knn_cuda(const KnnProblem& p, void* distances, int64_t* indices, int device, CUstream_st* stream) {
-  Launch launch({p, {}, device, stream});
-  launch.a.result = Result::neighbours, launch.a.distances = distances, launch.a.indices = indices;
-  run(launch.call, launch.a);
+int64_t knn_workspace_cuda(const KnnProblem& p, int device) { return Call::workspace_bytes(p, device); }
+
+void knn_cuda(const KnnProblem& p, void* distances, int64_t* indices, void* workspace, int device,
+              CUstream_st* stream) {
+  Call call(p, {}, workspace, device, stream);
+  call.a.result = Result::neighbours, call.a.distances = distances, call.a.indices = indices;
+  run(call, call.a);
 }
 
-void knn_kept_cuda(const KnnProblem& p, const KnnReward& reward, void* kept, int device, CUstream_st* stream) {
-  Launch launch({p, reward, device, stream});
-  launch.a.result = Result::kept, launch.a.out = kept;
-  run(launch.call, launch.a);
+void knn_kept_cuda(const KnnProblem& p, const KnnReward& reward, void* kept, void* workspace, int device,
+                   CUstream_st* stream) {
+  Call call(p, reward, workspace, device, stream);
+  call.a.result = Result::kept, call.a.out = kept;
+  run(call, call.a);
 }
 
 void knn_finish_cuda(const KnnProblem& p, const KnnReward& reward, const void* kept, const Statistic* state,
-                     StatisticRule rule, void* out, int device, CUstream_st* stream) {
-  Launch launch({p, reward, device, stream});
-  launch.a.out = out;
-  launch_finish(launch.call, launch.a, kept, state, rule);
+                     StatisticRule rule, void* out, void* workspace, int device, CUstream_st* stream) {
+  const Call call(p, reward, workspace, device, stream);
+  launch_finish(call, kept, out, state, rule);
 }
 
-void knn_reward_cuda(const KnnProblem& p, const KnnReward& reward, void* out, int device, CUstream_st* stream) {
-  Launch launch({p, reward, device, stream});
-  if (std::min(p.k, launch.call.longest()) <= kMostWidth) {  // one round sees all that a reward needs
-    launch.a.result = Result::reward, launch.a.out = out;
-    return run(launch.call, launch.a);
+void knn_reward_cuda(const KnnProblem& p, const KnnReward& reward, void* out, void* workspace, int device,
+                     CUstream_st* stream) {
+  Call call(p, reward, workspace, device, stream);
+  if (call.plan.rounds == 1) {  // one round sees all that a reward needs
+    call.a.result = Result::reward, call.a.out = out;
+    return run(call, call.a);
   }
-  const StreamMemory kept(launch.call.kept_count() * item_size(p.dtype == DType::f64 ? DType::f64 : DType::f32), device,
-                          stream);
-  launch.a.result = Result::kept, launch.a.out = kept.get();
-  run(launch.call, launch.a);
-  launch.a.out = out;
-  launch_finish(launch.call, launch.a, kept.get(), nullptr, {});
+  void* const kept = call.at<void>(call.plan.kept);
+  call.a.result = Result::kept, call.a.out = kept;
+  run(call, call.a);
+  launch_finish(call, kept, out, nullptr, {});
 }
+
+int64_t episodic_workspace_cuda(const KnnProblem& p, int device) { return Call::workspace_bytes(p, device, true); }
 
 void episodic_step_cuda(float* rows, int64_t* total, const KnnProblem& p, const bool* reset, bool reset_on_device,
-                        float* distances, int device, CUstream_st* stream) {
-  const DeviceGuard guard(device);
-  const Call call{p, {}, device, stream};
-  const StreamMemory table(p.problems * int64_t(sizeof(ProblemRow)), device, stream);
-  auto* const held = static_cast<ProblemRow*>(table.get());
+                        float* distances, void* workspace, int device, CUstream_st* stream) {
+  Call call(p, {}, workspace, device, stream, true);
   for (int64_t first = 0; first < p.problems; first += kResetPart) {
     ResetPart part{};
     const int count = int(std::min<int64_t>(kResetPart, p.problems - first));
     if (!reset_on_device) std::copy_n(reset + first, count, part.reset);
-    begin_step<<<unsigned(ceil_div(count, kThreads)), kThreads, 0, stream>>>(part, reset_on_device ? reset : nullptr,
-                                                                             first, count, p.num_keys, total, held);
+    begin_step<<<unsigned(ceil_div(count, kThreads)), kThreads, 0, stream>>>(
+        part, reset_on_device ? reset : nullptr, first, count, p.num_keys, total, call.at<ProblemRow>(call.plan.table));
     URLFAST_CUDA_CHECK(cudaGetLastError());
   }
-  Arguments a = call.arguments();
-  a.table = held;
-  a.result = Result::neighbours, a.distances = distances;
-  run(call, a);
+  call.a.result = Result::neighbours, call.a.distances = distances;
+  run(call, call.a);
   append<<<unsigned(p.problems), 128, 0, stream>>>(static_cast<const float*>(p.queries), p.num_keys, p.dim, total,
                                                    rows);
   URLFAST_CUDA_CHECK(cudaGetLastError());
