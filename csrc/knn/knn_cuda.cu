@@ -68,6 +68,17 @@ struct Chunk {
   }
 };
 
+// What a block found of a row: merged later where the row's keys were divided over blocks.
+template <class T, int N>
+__device__ void deliver(const Arguments& a, int64_t s, int64_t row, const Best<Key<T>, N>& best) {
+  if (!a.partials) return emit<T, N>(a, s, row, best);
+  const int lane = threadIdx.x % 32;
+  auto* const to = static_cast<Key<T>*>(a.partials) + ((s * a.num_queries + row) * gridDim.y + blockIdx.y) * a.width;
+#pragma unroll
+  for (int j = 0; j < N; ++j)
+    if (32 * j + lane < a.width) to[32 * j + lane] = best.key[j];
+}
+
 template <class S>
 __global__ void __launch_bounds__(kThreads, S::blocks) search(const __grid_constant__ Arguments a) {
   using T = typename S::T;
@@ -148,14 +159,7 @@ __global__ void __launch_bounds__(kThreads, S::blocks) search(const __grid_const
       }
     }
   }
-  const auto done = [&](const Best<K, S::N>& own, int i) {
-    const int64_t row = row0 + query0 + i;
-    if (!a.partials) return emit<T, S::N>(a, s, row, own);
-    K* const to = static_cast<K*>(a.partials) + ((s * a.num_queries + row) * gridDim.y + blockIdx.y) * a.width;
-#pragma unroll
-    for (int j = 0; j < S::N; ++j)
-      if (32 * j + lane < a.width) to[32 * j + lane] = own.key[j];
-  };
+  const auto done = [&](const Best<K, S::N>& own, int i) { deliver<T, S::N>(a, s, row0 + query0 + i, own); };
   if constexpr (S::KW == 1) {
 #pragma unroll
     for (int i = 0; i < S::TQ; ++i)
@@ -176,6 +180,55 @@ __global__ void __launch_bounds__(kThreads, S::blocks) search(const __grid_const
       done(all, i);
     }
   }
+}
+
+// Few rows of many features: a block takes 4 queries and 32 keys at a time, a lane one of these, and 16 warps share out
+// the features: a row is read by all of them at once. Their sums meet in a fixed order.
+constexpr int kDeepWarps = 16, kDeepQueries = 4, kDeepFeatures = 8;
+
+template <class T, class Item, int N>
+__global__ void __launch_bounds__(32 * kDeepWarps) search_deep(const __grid_constant__ Arguments a) {
+  using K = Key<T>;
+  __shared__ alignas(16) T sums[kDeepWarps][kDeepQueries][32];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int64_t s = blockIdx.x / a.query_tiles, row0 = blockIdx.x % a.query_tiles * kDeepQueries;
+  const int64_t length = a.length(s), row = row0 + warp;
+  const int rows = int(min(int64_t(kDeepQueries), a.num_queries - row0));
+  const int64_t begin = length * blockIdx.y / gridDim.y, end = length * (blockIdx.y + 1) / gridDim.y;
+  const auto* queries = static_cast<const Item*>(a.queries) + (s * a.num_queries + row0) * a.dim;
+  const auto* keys = static_cast<const Item*>(a.keys) + s * a.num_keys * a.dim;
+  const K floor = a.first > 0 && warp < rows ? static_cast<const K*>(a.floors)[s * a.num_queries + row] : K(0);
+  Best<K, N> best;  // of query `warp`, in the first warps
+  best.clear();
+  for (int64_t tile = begin; tile < end; tile += 32) {
+    const int64_t index = tile + lane;
+    const Item* const own = keys + (index < end ? index : tile) * a.dim;
+    T sum[kDeepQueries] = {};
+#pragma unroll 2
+    for (int64_t d = warp * kDeepFeatures; d < a.dim; d += kDeepWarps * kDeepFeatures)
+#pragma unroll
+      for (int g = 0; g < kDeepFeatures; g += kGroup) {
+        const Pack<T, kGroup> k = read_group<T>(own, d + g, a.dim, a.wide);
+#pragma unroll
+        for (int i = 0; i < kDeepQueries; ++i) {
+          const Pack<T, kGroup> q = read_group<T>(queries + min(i, rows - 1) * a.dim, d + g, a.dim, a.wide);
+#pragma unroll
+          for (int e = 0; e < kGroup; ++e) sum[i] = add_square(sum[i], k.v[e] - q.v[e]);
+        }
+      }
+    __syncthreads();  // the sums of the tile before have been read
+#pragma unroll
+    for (int i = 0; i < kDeepQueries; ++i) sums[warp][i][lane] = sum[i];
+    __syncthreads();
+    if (warp >= rows) continue;
+    T all = 0;
+#pragma unroll
+    for (int w = 0; w < kDeepWarps; ++w) all += sums[w][warp][lane];
+    const K key = make_key(all, unsigned(index));
+    const bool valid = index < end && !(a.exclude_self && index == row) && (a.first == 0 || key > floor);
+    best.absorb_all(valid ? key : nothing<K>(), a.width);
+  }
+  if (warp < rows) deliver<T, N>(a, s, row, best);
 }
 
 // A warp per query: the best of its parts' best.
@@ -269,8 +322,9 @@ constexpr int64_t kMostPartials = int64_t(64) << 20;  // bytes
 // A block reads at least this many features of every row of its tiles before its best are merged with others': less is
 // over before the launch that merges.
 constexpr int64_t kLeastFeatures = 64;
+constexpr int64_t kDeepDim = 256;  // features that are worth being shared out, where rows alone leave the device idle
 
-enum class Tiles { one, few, many };  // queries of a problem that share the keys that are read
+enum class Tiles { one, few, many, deep };  // queries of a problem that share the keys that are read; or the features
 
 // Queries and keys of a tile, as choose_shape has them.
 struct TileSize {
@@ -279,6 +333,7 @@ struct TileSize {
 TileSize tile_size(Tiles tiles, bool f64, bool long_lists) {
   const int64_t many = 8 / (f64 ? 2 : 1) / (long_lists ? 2 : 1);
   if (tiles == Tiles::one) return {1, 256};
+  if (tiles == Tiles::deep) return {kDeepQueries, 32};
   if (tiles == Tiles::few) return {long_lists ? many / 2 : many, 256};
   return {many * kWarps, f64 ? 64 : 128};
 }
@@ -309,6 +364,7 @@ struct Plan {
       tiles = Tiles::one;
     else if (p.num_queries <= 16 || blocks_of(Tiles::many) * parts_of(Tiles::many) < facts.processors)
       tiles = Tiles::few;
+    if (p.dim >= kDeepDim && 2 * blocks_of(tiles) * parts_of(tiles) < facts.processors) tiles = Tiles::deep;
     parts = parts_of(tiles);
     blocks = blocks_of(tiles);
     if (blocks > 0x7fffffff)
@@ -343,7 +399,7 @@ struct Plan {
     const int64_t rows = p.problems * p.num_queries, points_count = p.problems * p.num_keys + (p.self ? 0 : rows);
     pass_width = ceil_div(p.dim, kSlice) * kSlice;
     const double work = double(rows) * double(longest) * double(p.dim);
-    if (facts.capability < 80 || p.dtype == DType::f64 || p.dim < 128 || p.dim > kBoundMostDim || p.num_queries < 64 ||
+    if (facts.capability < 80 || p.dtype == DType::f64 || p.dim < 32 || p.dim > kBoundMostDim || p.num_queries < 64 ||
         longest < 1024 || p.k > kMostWidth || work < double(kLeastWork) ||
         double(points_count) * double(pass_width) * 2 > double(kMostRounded))
       return;
@@ -432,21 +488,38 @@ struct Call {
   Arguments a{};
 };
 
+template <class T, int N>
+void launch_merge(const Call& call, const Arguments& a) {
+  if (!a.partials) return;
+  merge<T, N><<<unsigned(ceil_div(call.rows(), kWarps)), kThreads, 0, call.stream>>>(a, call.rows());
+  URLFAST_CUDA_CHECK(cudaGetLastError());
+}
+
 template <class S>
 void launch_search(const Call& call, Arguments a) {
   a.query_tiles = ceil_div(call.p.num_queries, S::queries);
   search<S><<<dim3(unsigned(call.plan.blocks), unsigned(call.plan.parts)), kThreads, 0, call.stream>>>(a);
   URLFAST_CUDA_CHECK(cudaGetLastError());
-  if (!a.partials) return;
-  merge<typename S::T, S::N><<<unsigned(ceil_div(call.rows(), kWarps)), kThreads, 0, call.stream>>>(a, call.rows());
+  launch_merge<typename S::T, S::N>(call, a);
+}
+
+template <class T, class Item, int N>
+void launch_deep(const Call& call, Arguments a) {
+  constexpr int kDeepThreads = 32 * kDeepWarps;
+  a.query_tiles = ceil_div(call.p.num_queries, kDeepQueries);
+  const dim3 blocks(unsigned(call.plan.blocks), unsigned(call.plan.parts));
+  search_deep<T, Item, N><<<blocks, kDeepThreads, 0, call.stream>>>(a);
   URLFAST_CUDA_CHECK(cudaGetLastError());
+  launch_merge<T, N>(call, a);
 }
 
 template <class T, class Item, int N>
 void choose_shape(const Call& call, const Arguments& a) {
   // Longer lists leave registers for fewer of them; float64 takes twice the room.
   constexpr int many = 8 / (sizeof(T) == 8 ? 2 : 1) / (N > 1 ? 2 : 1), few = N > 1 ? many / 2 : many;
-  if (call.plan.tiles == Tiles::one)
+  if (call.plan.tiles == Tiles::deep)
+    launch_deep<T, Item, N>(call, a);
+  else if (call.plan.tiles == Tiles::one)
     launch_search<Shape<T, Item, 1, 1, 1, N>>(call, a);
   else if (call.plan.tiles == Tiles::few)
     launch_search<Shape<T, Item, few, 1, 1, N>>(call, a);

@@ -1,0 +1,205 @@
+"""What only a GPU can show: graphs, streams, no waiting, and the search's first pass. The kernels' values are tested beside the CPU's."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import reference_knn as reference
+import torch
+from conftest import DEVICES, to_numpy
+
+import urlfast
+from urlfast import EpisodicMemory, LatentDynamics, RunningNormalizer, ema_update_, knn, knn_reward
+from urlfast.methods.apt import APT, APTConfig
+
+every_gpu = pytest.mark.parametrize("device", DEVICES[1:])
+
+
+def normal(device, *shape, seed=0, mean=0.0):
+    return torch.from_numpy(np.random.default_rng(seed).normal(mean, 1, shape).astype(np.float32)).to(device)
+
+
+# The first pass on tensor cores: shapes at which it is taken ----------------------------------------------------------
+
+
+def direct(z, memory, k, rows=48):
+    """The same search in pieces too small for a first pass: its results are the direct search's."""
+    pieces = [knn(part.contiguous(), memory, k) for part in z.split(rows)]
+    return torch.cat([d for d, _ in pieces]), torch.cat([i for _, i in pieces])
+
+
+def near_ties(device, b, m, d):
+    """Every key about as far from every query, by less than bfloat16 tells apart."""
+    q = normal(device, b, d) * 1e-3
+    keys = normal(device, m, d, seed=1)
+    return q, keys / keys.norm(dim=1, keepdim=True) * (1 + 1e-5 * torch.arange(m, device=device)[:, None] / m)
+
+
+def clusters(device, b, m, d):
+    """Far from each other and narrow: rounded about one centre, nothing within a cluster is told apart."""
+    centres = normal(device, 8, d) * 1000
+    rows = centres[torch.arange(m, device=device) % 8] + normal(device, m, d, seed=1) * 1e-2
+    return rows[:b].contiguous(), rows
+
+
+def whole_numbers(device, b, m, d):
+    """Exact distances that tie often."""
+    rng = np.random.default_rng(0)
+    return tuple(torch.from_numpy(rng.integers(0, 3, (n, d)).astype(np.float32)).to(device) for n in (b, m))
+
+
+def with_nan(device, b, m, d):
+    q, keys = normal(device, b, d), normal(device, m, d, seed=1)
+    keys[5], keys[7, 3], q[2] = torch.nan, torch.inf, torch.nan
+    return q, keys
+
+
+@every_gpu
+@pytest.mark.parametrize("make", [near_ties, clusters, whole_numbers, with_nan], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("b, m, d, k", [(512, 4096, 1024, 16), (200, 30_000, 130, 100)])
+def test_the_first_pass_changes_no_bit(device, make, b, m, d, k):
+    q, keys = make(device, b, m, d)
+    for got, want in zip(knn(q, keys, k), direct(q, keys, k), strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+
+
+@every_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("include_self", [True, False])
+def test_a_batch_as_its_own_pool_at_large_dim(device, dtype, include_self):
+    z = normal(device, 1024, 520, mean=100).to(dtype)
+    z[300:340] = z[0]
+    distance, _ = knn(z, k=12, include_self=include_self)
+    exact = torch.cdist(z.double(), z.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    if not include_self:
+        exact.fill_diagonal_(torch.inf)
+    torch.testing.assert_close(distance.double(), exact.topk(12, largest=False).values, rtol=3e-6, atol=3e-6)
+
+
+@every_gpu
+def test_ragged_batches_at_large_dim(device):
+    rng = np.random.default_rng(3)
+    q, pool = rng.normal(size=(3, 128, 256)).astype(np.float32), rng.normal(size=(3, 9000, 256)).astype(np.float32)
+    lengths = [0, 9, 9000]
+    for s, n in enumerate(lengths):
+        pool[s, n:] = np.nan
+    got = knn_reward(torch.from_numpy(q).to(device), 12, torch.from_numpy(pool).to(device), lengths=lengths)
+    np.testing.assert_allclose(to_numpy(got), reference.knn_reward(q, 12, pool, lengths), rtol=1e-5)
+
+
+# Graphs, streams, waiting ---------------------------------------------------------------------------------------------
+
+
+def pieces(device):
+    """Every native call that an update may make, on static inputs: name -> (inputs, function of them)."""
+    z, memory = normal(device, 64, 40), normal(device, 300, 40, seed=1)
+    wide, keys = normal(device, 256, 1024), normal(device, 4096, 1024, seed=1)
+    normalizer, statistic = RunningNormalizer("var", device=device), RunningNormalizer("std", shape=(40,), device=device)
+    target = torch.zeros(1000, device=device)
+    dynamics = LatentDynamics(64, 40, episode_length=3, seed=1, device=device)
+    dynamics.reset()
+    episodes = EpisodicMemory(64, 100, 40, k=5, device=device)
+    reset = torch.zeros(64, dtype=torch.bool, device=device)
+    lengths = list(range(64))
+
+    def ema(x):
+        ema_update_([target], [x.flatten()[:1000]], 0.1)
+        return target.clone()
+
+    def step(x):
+        return torch.from_dlpack(dynamics.step(x)[0]).clone()
+
+    return {
+        "knn": ([z, memory], lambda x, m: knn(x, m, 5)[0]),
+        "knn, parts": ([wide[:, :64].contiguous(), keys[:, :64].contiguous()], lambda x, m: knn(x, m, 200)[0]),
+        "knn, first pass": ([wide, keys], lambda x, m: knn(x, m, 16)[0]),
+        "knn_reward": ([z], lambda x: knn_reward(x, 12, normalizer=normalizer)),
+        "ragged": ([z[:, None].contiguous(), memory.repeat(64, 1, 1)], lambda x, m: knn_reward(x, 5, m, lengths=lengths)),
+        "normalizer": ([z], lambda x: statistic(x)),
+        "ema": ([wide], ema),
+        "latent": ([z], step),
+        "episodes": ([z], lambda x: episodes.step(x, reset)),
+    }
+
+
+CALLS = ["knn, first pass", "knn_reward", "ragged", "normalizer", "ema", "latent", "episodes"]
+
+
+@every_gpu
+@pytest.mark.parametrize("name", ["knn", "knn, parts", *CALLS])
+def test_calls_can_be_captured_and_replayed(device, name):
+    """A replay with new inputs does what the call does: the states on the device move on as they would."""
+    inputs, captured = pieces(device)[name]
+    _, eager = pieces(device)[name]
+    static = [x.clone() for x in inputs]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        captured(*static), eager(*static)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = captured(*static)
+    for seed in range(3):
+        fresh = [x + normal(device, *x.shape, seed=10 + seed) for x in inputs]
+        for to, x in zip(static, fresh, strict=True):
+            to.copy_(x)
+        graph.replay()
+        torch.testing.assert_close(output, eager(*fresh), rtol=0, atol=0)
+
+
+@every_gpu
+@pytest.mark.parametrize("name", CALLS)
+def test_calls_run_on_the_callers_stream_and_wait_for_nothing(device, name):
+    """Behind a stream that is held up: the call returns at once, and what it computes comes after what was queued before it."""
+    inputs, call = pieces(device)[name]
+    _, beside = pieces(device)[name]
+    late = [torch.empty_like(x) for x in inputs]
+    call(*inputs), beside(*inputs)
+    stream = torch.cuda.Stream()  # non-blocking: the legacy stream does not wait for it, nor it for that
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(500_000_000)  # some 0.3 s
+        for to, x in zip(late, inputs, strict=True):
+            to.copy_(x)
+        got = call(*late)
+        assert not stream.query()
+    stream.synchronize()
+    torch.testing.assert_close(got, beside(*inputs), rtol=0, atol=0)
+
+
+@every_gpu
+@pytest.mark.parametrize("config", [APTConfig(batch_size=16), replace(APTConfig.mini_apt(), batch_size=16)], ids=["paper", "mini_apt"])
+def test_an_apt_update_waits_for_nothing(device, config):
+    """Else it could not be captured, and acting would wait for it."""
+    method = APT(config, (4, 84, 84), 3, device=device, seed=0)
+    rng = np.random.default_rng(0)
+    arrays = dict(
+        observation=rng.integers(0, 256, (16, 4, 84, 84), np.uint8),
+        next_observation=rng.integers(0, 256, (16, 4, 84, 84), np.uint8),
+        action=rng.integers(0, 3, 16),
+        discount=np.ones(16, np.float32),
+    )
+    batch = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+    method.gradient_step(**batch)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        method.gradient_step(**batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@every_gpu
+def test_arrays_of_two_streams_are_ordered(device):
+    """A search reads its memory after the other library's stream has written it."""
+    cupy = pytest.importorskip("cupy")
+    q, keys = normal(device, 64, 40), np.random.default_rng(1).normal(size=(300, 40)).astype(np.float32)
+    theirs = cupy.cuda.Stream(non_blocking=True)
+    with theirs:
+        memory = cupy.zeros((300, 40), np.float32)
+        big = cupy.ones((1 << 28,), np.float32)
+        for _ in range(20):
+            big *= 1.5
+        memory.set(keys)
+        got = urlfast.knn(q, memory, 5)[0]
+    torch.testing.assert_close(got, knn(q, torch.from_numpy(keys).to(device), 5)[0], rtol=0, atol=0)
