@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FLAGS = ["-std=c++17", "-O3", "--extra-device-vectorization", "-Xptxas", "-v"]  # as CMakeLists.txt has them
+FLAGS = ["-std=c++17", "-O3", "--extra-device-vectorization", "--Werror=all-warnings", "-Xptxas", "-v"]  # as CMakeLists.txt has them
 SM_REGISTERS, SM_THREADS = 65536, 2048  # of a multiprocessor, sm_80 and sm_90
 BLOCK = {"append": 128, "rank": 128, "search_deep": 512, "change_leaves_by_priority": 1024}  # threads of a block, where not 256
 
