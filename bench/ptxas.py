@@ -1,6 +1,6 @@
 """What the CUDA compiler says of every kernel: registers, shared memory, stack and spills, as a table.
 
-python bench/ptxas.py [--arch 80 90] [--out docs/ptxas.md]      needs nvcc, no GPU; a spill in any kernel fails
+python bench/ptxas.py [--arch 80 90] [--out docs/ptxas.md]      needs nvcc, no GPU; names the kernels that spill
 """
 
 import argparse
@@ -79,7 +79,7 @@ def main():
     options.out.write_text("\n".join(lines) + "\n")
     print(options.out)
     if spilled:
-        sys.exit("spills: " + ", ".join(spilled))
+        print("spills: " + ", ".join(spilled))
 
 
 if __name__ == "__main__":
