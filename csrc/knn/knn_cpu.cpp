@@ -65,10 +65,11 @@ class Scratch {
   size_t size_ = 0;
 };
 struct Workspace {
-  Scratch queries, keys, block, turned, candidates, limits, counts;
+  Scratch queries, keys, query_pointers, key_pointers, block, turned, candidates, limits, counts;
   ~Workspace() = default;
   void trim() {
-    for (Scratch* s : {&queries, &keys, &block, &turned, &candidates, &limits, &counts}) s->trim();
+    for (Scratch* s : {&queries, &keys, &query_pointers, &key_pointers, &block, &turned, &candidates, &limits, &counts})
+      s->trim();
   }
 };
 Workspace& workspace() {
@@ -159,7 +160,9 @@ class Search {
     finite_ = true;
     const int64_t pairs = p.problems * p.num_queries * p.num_keys;
     threads_ = num_threads() > 1 && double(pairs) * double(p.dim + 16) > 1.5e6;
-    if (p.self && p.num_queries > kSide && p.dim >= 32)
+    // What computes a distance hangs on the problem's shape alone, so that it is the same whatever the threads.
+    by_rows_ = p.num_queries <= 2 || p.dim >= 128;
+    if (p.self && p.num_queries > (by_rows_ ? 32 : kSide) && p.dim >= 32)
       search_symmetric();
     else
       search_blocks();
@@ -168,6 +171,42 @@ class Search {
 
   void note(T sum) {
     if (!std::isfinite(sum)) finite_.store(false, std::memory_order_relaxed);
+  }
+
+  // Rows as the kernels take them: packed in groups, or where each begins.
+  struct Rows {
+    const T* packed;
+    const T* const* pointers;
+  };
+  Rows take(Scratch& values, Scratch& pointers, const char* rows, int64_t count, int group) const {
+    if (!by_rows_) {
+      T* out = values.get<T>(round_up(count, group) / group * p.dim * kernel.width);
+      kernel.pack(rows, p.dtype, count, p.dim, group, scale_, out);
+      return {out, nullptr};
+    }
+    const T* first = reinterpret_cast<const T*>(rows);
+    if (scale_ != 1 || item_size(p.dtype) != int64_t(sizeof(T))) {
+      T* out = values.get<T>(count * p.dim);
+      kernel.widen(rows, p.dtype, count * p.dim, scale_, out);
+      first = out;
+    }
+    const T** out = pointers.get<const T*>(count);
+    for (int64_t i = 0; i < count; ++i) out[i] = first + i * p.dim;
+    return {nullptr, out};
+  }
+  Rows take_queries(Workspace& w, int64_t s, int64_t row, int64_t count) const {
+    return take(w.queries, w.query_pointers, query_rows(s, row), count, kernel.query_group);
+  }
+  Rows take_keys(Workspace& w, int64_t s, int64_t row, int64_t count) const {
+    return take(w.keys, w.key_pointers, key_rows(s, row), count, kernel.width);
+  }
+  // Of `rows` queries from `first` on, a multiple of the kernel's query_group.
+  void distances(Rows queries, int64_t first, int64_t rows, Rows keys, int64_t columns, T* out, int64_t stride) const {
+    if (by_rows_)
+      kernel.row_distances(queries.pointers + first, rows, keys.pointers, columns, p.dim, out, stride);
+    else
+      kernel.distances(queries.packed + first * p.dim / kernel.query_group * kernel.width, rows, keys.packed, columns,
+                       p.dim, out, stride);
   }
 
   // Queries x keys in blocks: the keys of one stay in the second cache, its distances too.
@@ -204,23 +243,15 @@ class Search {
       c.limit = w.limits.get<Key>(rows);
       c.count = w.counts.get<int64_t>(rows);
       start(c, rows);
-      const bool streams = rows <= 2 && scale_ == 1 && item_size(p.dtype) == int64_t(sizeof(T));
-      T* queries = w.queries.get<T>(round_up(rows, R) / R * p.dim * W);
-      T* keys = w.keys.get<T>(block_keys * p.dim);
+      const Rows queries = take_queries(w, s, first, rows);
       T* block = w.block.get<T>(kRows * stride);
-      if (!streams) kernel.pack(query_rows(s, first), p.dtype, rows, p.dim, int(R), scale_, queries);
       T sum = 0;
       for (int64_t m = begin; m < end; m += block_keys) {
         const int64_t columns = std::min(block_keys, end - m);
-        if (!streams) kernel.pack(key_rows(s, m), p.dtype, columns, p.dim, int(W), scale_, keys);
+        const Rows keys = take_keys(w, s, m, columns);
         for (int64_t r = 0; r < rows; r += kRows) {
           const int64_t some = std::min(kRows, rows - r);
-          if (streams)
-            for (int64_t i = 0; i < some; ++i)
-              kernel.stream(reinterpret_cast<const T*>(query_rows(s, first + i)),
-                            reinterpret_cast<const T*>(key_rows(s, m)), columns, p.dim, block + i * stride);
-          else
-            kernel.distances(queries + r / R * p.dim * W, some, keys, columns, p.dim, block, stride);
+          distances(queries, r, some, keys, columns, block, stride);
           exclude(block, stride, first + r, some, m, columns);
           sum += kernel.offer(block, stride, some, columns, m, c, r);
         }
@@ -246,7 +277,8 @@ class Search {
 
   // The batch against itself: a pair of blocks is computed once, and its distances go to the rows of both.
   void search_symmetric() {
-    const int64_t W = kernel.width, R = kernel.query_group, n = p.num_queries, side = kSide;
+    const int64_t W = kernel.width, n = p.num_queries;
+    const int64_t side = by_rows_ ? std::clamp<int64_t>(round_up(n / 4, W), W, kSide) : kSide;
     const int64_t blocks = (n + side - 1) / side, pairs = blocks * (blocks + 1) / 2;
     KnnCandidates<T> c = candidate_sizes<T>(kernel, p.k);
     Workspace& shared = shared_workspace();
@@ -256,24 +288,21 @@ class Search {
     start(c, p.problems * n);
     const std::unique_ptr<std::mutex[]> locks(new std::mutex[size_t(p.problems * blocks)]);
 
-    struct Packed {
-      int64_t held = -1;  // the block of queries that this thread has packed
+    struct Taken {
+      int64_t block = -1;  // the block of queries that this thread has taken
+      Rows rows{};
     };
-    run_units<Packed>(p.problems * pairs, threads_, [&](int64_t unit, Packed& packed) {
+    run_units<Taken>(p.problems * pairs, threads_, [&](int64_t unit, Taken& queries) {
       const int64_t s = unit / pairs;
       int64_t i = 0, j = unit % pairs;  // row i of the upper triangle has blocks - i units
       for (; j >= blocks - i; ++i) j -= blocks - i;
       j += i;
       const int64_t rows = std::min(side, n - i * side), columns = std::min(side, n - j * side);
       Workspace& w = workspace();
-      T* queries = w.queries.get<T>(round_up(side, R) / R * p.dim * W);
-      T* keys = w.keys.get<T>(round_up(side, W) * p.dim);
       T* block = w.block.get<T>(round_up(side, W) * (side + W));
-      if (packed.held != s * blocks + i)
-        kernel.pack(query_rows(s, i * side), p.dtype, rows, p.dim, int(R), scale_, queries);
-      packed.held = s * blocks + i;
-      kernel.pack(query_rows(s, j * side), p.dtype, columns, p.dim, int(W), scale_, keys);
-      kernel.distances(queries, rows, keys, columns, p.dim, block, side + W);
+      if (queries.block != s * blocks + i) queries = {s * blocks + i, take_queries(w, s, i * side, rows)};
+      const Rows keys = take_keys(w, s, j * side, columns);
+      distances(queries.rows, 0, rows, keys, columns, block, side + W);
       if (i == j) exclude(block, side + W, i * side, rows, j * side, columns);
       {
         const std::lock_guard<std::mutex> lock(locks[size_t(s * blocks + i)]);
@@ -341,6 +370,7 @@ class Search {
   T scale_ = 1;
   double unscale_ = 1;
   bool threads_ = false;
+  bool by_rows_ = false;  // distances are of rows as they lie, not packed
   std::atomic<bool> finite_{true};
 };
 

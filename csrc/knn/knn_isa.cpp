@@ -58,6 +58,21 @@ inline void store(T* p, Vector<T> v) {
   __builtin_memcpy(p, &v, sizeof v);
 }
 
+// The first n of W values, and zeros.
+template <class T>
+inline Vector<T> load_first(const T* p, int n) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4)
+    return (Vector<T>)_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p);
+  else
+    return (Vector<T>)_mm512_maskz_loadu_pd(__mmask8((1u << n) - 1), p);
+#else
+  Vector<T> v = {};
+  for (int i = 0; i < n; ++i) v[i] = p[i];
+  return v;
+#endif
+}
+
 // Bit i is set where a[i] <= b[i]; never for NaN.
 inline uint32_t less_equal(Vector<float> a, Vector<float> b) {
 #if defined(__AVX512F__)
@@ -226,6 +241,16 @@ void pack_double(const void* data, DType, int64_t rows, int64_t dim, int group, 
 }
 
 template <class T>
+void widen_all(const void* data, DType dtype, int64_t count, T scale, T* out) {
+  const auto all = [&](auto* items) {
+    for (int64_t i = 0; i < count; ++i) out[i] = T(widen(items[i])) * scale;
+  };
+  if (dtype == DType::f16) return all(static_cast<const Half*>(data));
+  if (dtype == DType::bf16) return all(static_cast<const BFloat16*>(data));
+  all(static_cast<const T*>(data));
+}
+
+template <class T>
 void transpose(const T* from, int64_t from_stride, int64_t rows, int64_t columns, T* to, int64_t to_stride) {
   constexpr int W = Shape<T>::W;
   for (int64_t i = 0; i < rows; i += W)
@@ -304,40 +329,92 @@ void distances(const T* queries, int64_t rows, const T* keys, int64_t columns, i
   }
 }
 
-// A vector of keys' distances at a time: each key's differences are summed along the features as they lie, and a
-// transposition turns W such sums into one vector.
+// Rows as they lie: a pair's products are summed along the features, lane by lane, and W pairs' sums become one vector.
+// A pair's distance is the same bits in either tile, so that it may be computed again alone.
 template <class T>
-void stream(const T* query, const T* keys, int64_t columns, int64_t dim, T* out) {
-  constexpr int W = Shape<T>::W;
-  for (int64_t j = 0; j < columns; j += W) {
-    Vector<T> sum[W];
-#pragma GCC unroll 16
-    for (int i = 0; i < W; ++i) {
-      const T* key = keys + (j + i < columns ? j + i : j) * dim;
-      Vector<T> a = {}, b = {};
-      int64_t d = 0;
-      for (; d + 2 * W <= dim; d += 2 * W) {
-        const Vector<T> x = load(key + d) - load(query + d), y = load(key + d + W) - load(query + d + W);
-        a += x * x, b += y * y;
-      }
-      if (d + W <= dim) {
-        const Vector<T> x = load(key + d) - load(query + d);
-        a += x * x, d += W;
-      }
-      if (d < dim) {
-        T rest[W] = {};
-        for (int r = 0; d + r < dim; ++r) rest[r] = key[d + r] - query[d + r];
-        b += load(rest) * load(rest);
-      }
-      sum[i] = a + b;
-    }
-    transpose_tile<T>(sum);
+struct RowTile {
+  static constexpr int W = Shape<T>::W, N = W == 16 ? 4 : W == 2 ? 1 : 2, R = W / N;
+};
+constexpr int64_t kRowDepth = 1024;  // features at a time: a tile's queries stay in the first cache over all keys
+
+// Vector i of the result's W lanes is the sum of sums[i].
+template <class T>
+inline Vector<T> sum_each(Vector<T>* sums) {
 #pragma GCC unroll 4
-    for (int width = W / 2; width > 0; width /= 2) {
+  for (int n = Shape<T>::W / 2; n > 0; n /= 2)
 #pragma GCC unroll 8
-      for (int i = 0; i < width; ++i) sum[i] += sum[i + width];
+    for (int i = 0; i < n; ++i) {
+      Vector<T> low, high;
+      Zip<T, Shape<T>::W>::apply(sums[i], sums[i + n], &low, &high);
+      sums[i] = low + high;
     }
-    store(out + j, sum[0]);
+  return sums[0];
+}
+
+// R queries x N keys, features d .. end.
+template <class T, int R, int N>
+inline void row_tile(const T* const* queries, const T* const* keys, int64_t d, int64_t end, Vector<T>* sum) {
+  constexpr int W = Shape<T>::W;
+#pragma GCC unroll 16
+  for (int i = 0; i < R * N; ++i) sum[i] = Vector<T>{};
+  const auto add = [&](auto&& at) {
+    Vector<T> query[R];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) query[r] = at(queries[r]);
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) {
+      const Vector<T> key = at(keys[n]);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        const Vector<T> difference = key - query[r];
+        sum[r * N + n] += difference * difference;
+      }
+    }
+  };
+  // the odd ones first: the sums then stay in registers
+  if (const int odd = int((end - d) % W)) add([d, odd](const T* row) { return load_first(row + d, odd); }), d += odd;
+  for (; d < end; d += W) add([d](const T* row) { return load(row + d); });
+}
+
+// As many tiles of R queries x N keys as fill a vector with their sums.
+template <class T, int R, int N>
+void row_tiles(const T* const* queries, const T* const* keys, int64_t columns, int64_t d, int64_t end, T* out,
+               int64_t stride) {
+  constexpr int W = Shape<T>::W, kTiles = W / (R * N);
+  static_assert(R == 1 || kTiles == 1, "several tiles are of one query");
+  const T* query[R];
+  for (int r = 0; r < R; ++r) query[r] = queries[r];
+  for (int64_t j = 0; j < columns; j += kTiles * N) {
+    const T* key[kTiles * N];
+    for (int n = 0; n < kTiles * N; ++n) key[n] = keys[j + n < columns ? j + n : j];
+    Vector<T> sums[W];
+#pragma GCC unroll 8
+    for (int t = 0; t < kTiles; ++t) row_tile<T, R, N>(query, key + t * N, d, end, sums + t * N);
+    const Vector<T> sum = sum_each<T>(sums);
+    if constexpr (R == 1) {
+      store(out + j, d == 0 ? sum : load(out + j) + sum);
+    } else {
+      T lanes[R][N];
+      store(lanes[0], sum);
+      for (int r = 0; r < R; ++r)
+        for (int n = 0; n < N; ++n) {
+          T* to = out + r * stride + j + n;
+          *to = d == 0 ? lanes[r][n] : *to + lanes[r][n];
+        }
+    }
+  }
+}
+
+template <class T>
+void row_distances(const T* const* queries, int64_t rows, const T* const* keys, int64_t columns, int64_t dim, T* out,
+                   int64_t stride) {
+  constexpr int R = RowTile<T>::R, N = RowTile<T>::N;
+  for (int64_t d = 0; d < dim; d += kRowDepth) {
+    const int64_t end = dim - d < kRowDepth ? dim : d + kRowDepth;
+    int64_t i = 0;
+    for (; i + R <= rows; i += R) row_tiles<T, R, N>(queries + i, keys, columns, d, end, out + i * stride, stride);
+    for (; i < rows; ++i)
+      row_tiles<T, 1, (Shape<T>::W < 4 ? 2 : 4)>(queries + i, keys, columns, d, end, out + i * stride, stride);
   }
 }
 
@@ -548,8 +625,8 @@ int64_t settle(KnnCandidates<T> candidates, int64_t row) {
 
 template <class T>
 constexpr KnnKernels<T> kernels(void (*pack)(const void*, DType, int64_t, int64_t, int, T, T*)) {
-  return {Shape<T>::W,  Shape<T>::R, Shape<T>::N,  4 * Shape<T>::W, largest<T>, pack,
-          distances<T>, stream<T>,   transpose<T>, offer<T>,        settle<T>};
+  return {Shape<T>::W,  Shape<T>::R,  Shape<T>::N,      4 * Shape<T>::W, largest<T>, pack,
+          widen_all<T>, distances<T>, row_distances<T>, transpose<T>,    offer<T>,   settle<T>};
 }
 
 }  // namespace

@@ -47,11 +47,14 @@ struct KnnKernels {
   double (*largest)(const void* data, DType dtype, int64_t count);
   // rows x dim of `data` times `scale`, in groups, into out [ceil(rows / group), dim, width]; missing rows are zeros.
   void (*pack)(const void* data, DType dtype, int64_t rows, int64_t dim, int group, T scale, T* out);
+  // count values of data times `scale`.
+  void (*widen)(const void* data, DType dtype, int64_t count, T scale, T* out);
   // Squared distances: out[i * stride + j] for packed queries i < rows and keys j < columns (rounded up to `width`).
   void (*distances)(const T* queries, int64_t rows, const T* keys, int64_t columns, int64_t dim, T* out,
                     int64_t stride);
-  // One query against rows of float32 keys as they lie in memory. out: [columns], rounded up to `width`.
-  void (*stream)(const T* query, const T* keys, int64_t columns, int64_t dim, T* out);
+  // The same for rows as they lie, each by its pointer. Any two rows' distance has the same bits whatever the others.
+  void (*row_distances)(const T* const* queries, int64_t rows, const T* const* keys, int64_t columns, int64_t dim,
+                        T* out, int64_t stride);
   // to[j * to_stride + i] = from[i * from_stride + j]; both padded to `width`.
   void (*transpose)(const T* from, int64_t from_stride, int64_t rows, int64_t columns, T* to, int64_t to_stride);
   // Offers block [rows, columns] to rows first .. first + rows, as keys index ... The sum of all that was offered: NaN
