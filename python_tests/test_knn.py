@@ -173,6 +173,53 @@ def test_scales_whose_squares_leave_the_range(scale, shape):
     np.testing.assert_allclose(urlfast.knn(huge, k=7)[0], reference.knn(huge / scale / 1e250, k=7)[0] * scale * 1e250, rtol=1e-5)
 
 
+def hard(kind, rng, d):
+    """70 queries and 1500 keys that are hard to tell apart by bounds, or whose bounds overflow, underflow or say nothing."""
+    q, y = (rng.normal(size=(n, d)).astype(np.float32) for n in (70, 1500))
+    if kind == "near-ties":  # keys one unit in the last place apart, all queries at one point
+        q[:], y[:] = q[0], q[0]
+        y[np.arange(1500), np.arange(1500) % d] = np.nextafter(y[0, np.arange(1500) % d], np.float32(9))
+    elif kind == "duplicates":
+        q, y = y[:70].copy(), np.tile(y[:500], (3, 1))
+    elif kind == "offset":
+        q, y = q * np.float32(1e-3) + 30000, y * np.float32(1e-3) + 30000
+    elif kind == "heavy tails":
+        q, y = q**5, y**5
+    elif kind == "outliers":  # some queries' bounds say nothing, the others' do
+        q[rng.random(q.shape) < 0.1 / d] *= 100
+        y[rng.random(y.shape) < 0.1 / d] *= 100
+    elif kind == "clusters":
+        q, y = q + np.repeat(50 * q[:7], 10, 0), y + np.repeat(50 * y[:15], 100, 0)
+    elif kind == "grid":
+        q, y = np.round(q), np.round(y)
+    elif kind == "far keys":
+        y[1400:] *= np.float32(1e18)
+    elif kind in ("1e30", "1e-30", "1e-42"):
+        q, y = q * np.float32(kind), y * np.float32(kind)
+    return q, y
+
+
+HARD = ["plain", "near-ties", "duplicates", "offset", "heavy tails", "outliers", "clusters", "grid", "far keys", "1e30", "1e-30", "1e-42"]
+
+
+@pytest.mark.parametrize("kind", HARD)
+def test_a_first_pass_changes_no_bit(kind):
+    """Few queries at a time are searched directly: bounds, and what is then measured, must come to the same."""
+    for d, k, dtype in ((33, 12, np.float32), (100, 90, np.float32), (513, 12, np.float32), (200, 12, np.float16)):
+        q, y = hard(kind, np.random.default_rng(d), d)
+        if dtype == np.float16:
+            q, y = (np.clip(x, -60000, 60000).astype(dtype) for x in (q, y))
+        distance, index = urlfast.knn(q, y, k)
+        for i in range(0, 70, 20):
+            few = urlfast.knn(q[i : i + 20], y, k)
+            np.testing.assert_array_equal(distance[i : i + 20], few[0])
+            np.testing.assert_array_equal(index[i : i + 20], few[1])
+        distance, index = urlfast.knn(y[:600], k=k, include_self=False)
+        few = urlfast.knn(y[:20], y[:600], k + 1)
+        assert (index != np.arange(600)[:, None]).all()
+        np.testing.assert_array_equal(distance[:20], few[0][:, 1:])
+
+
 def test_results_do_not_depend_on_threads():
     rng = np.random.default_rng(4)
     for q, pool in (((700, 64), None), ((700, 15), None), ((90, 33), (5000, 33)), ((1, 32), (20000, 32))):

@@ -8,13 +8,13 @@
 namespace urlfast {
 
 const char* isa_name(Isa isa) {
-  constexpr const char* names[] = {"baseline", "avx2", "avx512"};
+  constexpr const char* names[] = {"baseline", "avx2", "avx512", "avx512vnni"};
   return names[int(isa)];
 }
 
 std::vector<Isa> compiled_isas() {
 #ifdef URLFAST_X86
-  return {Isa::baseline, Isa::avx2, Isa::avx512};
+  return {Isa::baseline, Isa::avx2, Isa::avx512, Isa::avx512vnni};
 #else
   return {Isa::baseline};
 #endif
@@ -29,6 +29,7 @@ static bool runs_here(Isa isa) {
     return runs_here(Isa::avx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512vl");
+  if (isa == Isa::avx512vnni) return runs_here(Isa::avx512) && __builtin_cpu_supports("avx512vnni");
 #endif
   return isa == Isa::baseline;
 }

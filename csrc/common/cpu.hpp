@@ -6,7 +6,7 @@
 namespace urlfast {
 
 // Ordered: a higher one is preferred. Kernels exist once per compiled set, each in its own namespace.
-enum class Isa { baseline = 0, avx2 = 1, avx512 = 2 };
+enum class Isa { baseline = 0, avx2 = 1, avx512 = 2, avx512vnni = 3 };
 
 const char* isa_name(Isa isa);
 std::vector<Isa> compiled_isas();

@@ -6,6 +6,7 @@
 #include <memory>
 #include <mutex>
 #include <new>
+#include <numeric>
 #include <type_traits>
 #include <vector>
 
@@ -29,6 +30,7 @@ const KnnKernels<T>& kernels() {
       return isa::knn_double;     \
   }()
 #ifdef URLFAST_X86
+  if (chosen_isa() == Isa::avx512vnni) return URLFAST_KNN_OF(avx512vnni);
   if (chosen_isa() == Isa::avx512) return URLFAST_KNN_OF(avx512);
   if (chosen_isa() == Isa::avx2) return URLFAST_KNN_OF(avx2);
 #endif
@@ -66,9 +68,12 @@ class Scratch {
 };
 struct Workspace {
   Scratch queries, keys, query_pointers, key_pointers, block, turned, candidates, limits, counts;
+  Scratch query_bytes, key_bytes, query_squares, key_squares, query_errors, key_errors, centre, measured, exact;
   ~Workspace() = default;
   void trim() {
-    for (Scratch* s : {&queries, &keys, &query_pointers, &key_pointers, &block, &turned, &candidates, &limits, &counts})
+    for (Scratch* s :
+         {&queries, &keys, &query_pointers, &key_pointers, &block, &turned, &candidates, &limits, &counts, &query_bytes,
+          &key_bytes, &query_squares, &key_squares, &query_errors, &key_errors, &centre, &measured, &exact})
       s->trim();
   }
 };
@@ -100,8 +105,11 @@ void run_units(int64_t units, bool threads, Work&& work) {
 }
 
 template <class T>
-KnnCandidates<T> start(KnnCandidates<T> c, int64_t rows) {
+KnnCandidates<T> room(Workspace& w, KnnCandidates<T> c, int64_t rows) {
   using Key = typename KnnKey<T>::type;
+  c.keys = w.candidates.get<Key>(rows * c.capacity);
+  c.limit = w.limits.get<Key>(rows);
+  c.count = w.counts.get<int64_t>(rows);
   std::fill_n(c.limit, rows, ~Key(0));
   std::fill_n(c.count, rows, int64_t(0));
   return c;
@@ -113,6 +121,22 @@ KnnCandidates<T> candidate_sizes(const KnnKernels<T>& kernel, int64_t k) {
   c.trigger = k + std::max<int64_t>(k, 24);
   c.capacity = c.trigger + kernel.step;
   return c;
+}
+
+template <class T>
+using Bits = std::conditional_t<std::is_same_v<T, float>, uint32_t, uint64_t>;
+template <class T>
+T squared_of(typename KnnKey<T>::type key) {
+  const Bits<T> bits = Bits<T>(key >> kKnnIndexBits);
+  T squared;
+  std::memcpy(&squared, &bits, sizeof bits);
+  return squared;
+}
+template <class T>
+typename KnnKey<T>::type key_of(T squared, uint32_t index) {
+  Bits<T> bits;
+  std::memcpy(&bits, &squared, sizeof bits);
+  return typename KnnKey<T>::type(bits) << kKnnIndexBits | index;
 }
 
 // One search. emit(s, row, keys, count, unscale) is called once per query, with its neighbours in order; a distance is
@@ -162,7 +186,9 @@ class Search {
     threads_ = num_threads() > 1 && double(pairs) * double(p.dim + 16) > 1.5e6;
     // What computes a distance hangs on the problem's shape alone, so that it is the same whatever the threads.
     by_rows_ = p.num_queries <= 2 || p.dim >= 128;
-    if (p.self && p.num_queries > (by_rows_ ? 32 : kSide) && p.dim >= 32)
+    // A first pass is worth more than symmetry, which halves the work.
+    const bool bounds_first = p.dim >= 128 && first_pass_pays(p.num_queries, p.num_queries);
+    if (p.self && p.num_queries > (by_rows_ ? 32 : kSide) && p.dim >= 32 && !bounds_first)
       search_symmetric();
     else
       search_blocks();
@@ -184,6 +210,9 @@ class Search {
       kernel.pack(rows, p.dtype, count, p.dim, group, scale_, out);
       return {out, nullptr};
     }
+    return {nullptr, as_they_lie(values, pointers, rows, count)};
+  }
+  const T* const* as_they_lie(Scratch& values, Scratch& pointers, const char* rows, int64_t count) const {
     const T* first = reinterpret_cast<const T*>(rows);
     if (scale_ != 1 || item_size(p.dtype) != int64_t(sizeof(T))) {
       T* out = values.get<T>(count * p.dim);
@@ -192,7 +221,7 @@ class Search {
     }
     const T** out = pointers.get<const T*>(count);
     for (int64_t i = 0; i < count; ++i) out[i] = first + i * p.dim;
-    return {nullptr, out};
+    return out;
   }
   Rows take_queries(Workspace& w, int64_t s, int64_t row, int64_t count) const {
     return take(w.queries, w.query_pointers, query_rows(s, row), count, kernel.query_group);
@@ -200,18 +229,19 @@ class Search {
   Rows take_keys(Workspace& w, int64_t s, int64_t row, int64_t count) const {
     return take(w.keys, w.key_pointers, key_rows(s, row), count, kernel.width);
   }
-  // Of `rows` queries from `first` on, a multiple of the kernel's query_group.
+  // Of `rows` queries from `first` on, a multiple of the kernel's query_group or a single one.
   void distances(Rows queries, int64_t first, int64_t rows, Rows keys, int64_t columns, T* out, int64_t stride) const {
+    const int64_t R = kernel.query_group;
     if (by_rows_)
       kernel.row_distances(queries.pointers + first, rows, keys.pointers, columns, p.dim, out, stride);
     else
-      kernel.distances(queries.packed + first * p.dim / kernel.query_group * kernel.width, rows, keys.packed, columns,
-                       p.dim, out, stride);
+      kernel.distances(queries.packed + first / R * p.dim * kernel.width + first % R, rows, keys.packed, columns, p.dim,
+                       out, stride);
   }
 
   // Queries x keys in blocks: the keys of one stay in the second cache, its distances too.
   void search_blocks() {
-    constexpr int64_t kRows = 48, kCache = 384 << 10;  // rows of a block; bytes of packed keys
+    constexpr int64_t kCache = 384 << 10;  // bytes of a block's keys
     const int64_t W = kernel.width, R = kernel.query_group, row_bytes = p.dim * int64_t(sizeof(T));
     const int64_t block_keys = std::clamp<int64_t>(kCache / row_bytes / (2 * W) * 2 * W, 4 * W, 1024);
     const int64_t stride = block_keys + W;
@@ -237,13 +267,11 @@ class Search {
       const int64_t rows = std::min(unit_rows, p.num_queries - first), length = p.length(s);
       const int64_t begin = length * part / parts, end = length * (part + 1) / parts;
       Workspace& w = workspace();
-      KnnCandidates<T> c = sizes;
-      c.k = std::min(p.k, length);
-      c.keys = w.candidates.get<Key>(rows * c.capacity);
-      c.limit = w.limits.get<Key>(rows);
-      c.count = w.counts.get<int64_t>(rows);
-      start(c, rows);
       const Rows queries = take_queries(w, s, first, rows);
+      if constexpr (std::is_same_v<T, float>)
+        if (parts == 1 && first_pass_pays(rows, length) && search_bounds(s, first, rows, queries)) return;
+      KnnCandidates<T> c = room(w, sizes, rows);
+      c.k = std::min(p.k, length);
       T* block = w.block.get<T>(kRows * stride);
       T sum = 0;
       for (int64_t m = begin; m < end; m += block_keys) {
@@ -275,17 +303,189 @@ class Search {
       }
   }
 
+  // Bounds first, from rows as bytes; then exact distances, from the very arithmetic of the direct search, for the keys
+  // that may be among the k nearest. False where bounds leave too many of them, which is known before it has cost much.
+  bool first_pass_pays(int64_t rows, int64_t length) const {
+    return kernel.first_pass && rows >= 32 && length >= 512 && p.k <= length / 16 && p.dim >= 32 &&
+           p.dim <= kKnnBytesMaxDim;
+  }
+
+  bool search_bounds(int64_t s, int64_t first, int64_t rows, Rows queries) {
+    const KnnFirstPass& pass = *kernel.first_pass;
+    Workspace& w = workspace();
+    const int64_t length = p.length(s), row_bytes = round_up(p.dim, kKnnBytesDim);
+    const int64_t block_keys = std::clamp<int64_t>((256 << 10) / row_bytes / 32 * 32, 64, 1024), stride = block_keys;
+    float* centre = w.centre.get<float>(p.dim);
+    const float step = choose_step(s, first, rows, centre);
+    if (!(step > 0x1p-60f)) return false;
+
+    const auto bytes = [&](Scratch& values, Scratch& squares, Scratch& errors, int64_t count) {
+      count = round_up(count, 32);
+      return KnnBytes{values.get<uint8_t>(count * row_bytes), squares.get<int32_t>(count), errors.get<float>(count)};
+    };
+    const KnnBytes query = bytes(w.query_bytes, w.query_squares, w.query_errors, rows);
+    const KnnBytes key = bytes(w.key_bytes, w.key_squares, w.key_errors, block_keys);
+    pass.quantise(as_they_lie(w.turned, w.key_pointers, query_rows(s, first), rows), rows, p.dim, centre, step, true,
+                  query);
+
+    const int64_t many = std::min(length / 2, std::max<int64_t>(512, 4 * p.k));  // candidates of a query
+    KnnCandidates<T> sizes{};
+    sizes.k = p.k, sizes.capacity = many + block_keys, sizes.trigger = sizes.capacity + 1;
+    KnnCandidates<T> c = room(w, sizes, rows);
+    Key* measured = w.measured.get<Key>(most_measured(p.k));
+    T* block = w.block.get<T>(kRows * stride);
+    int64_t left = rows * (length / 16);  // distances to compute one by one, at most: each takes longer than in blocks
+    for (int64_t m = 0; m < length; m += block_keys) {
+      const int64_t columns = std::min(block_keys, length - m);
+      pass.quantise(as_they_lie(w.keys, w.key_pointers, key_rows(s, m), columns), columns, p.dim, centre, step, false,
+                    key);
+      note(std::accumulate(key.errors, key.errors + columns, T(0)));
+      for (int64_t r = 0; r < rows; r += kRows) {
+        const int64_t some = std::min(kRows, rows - r);
+        pass.bounds({query.values + r * row_bytes, query.squares + r, query.errors + r}, some, key, columns, p.dim,
+                    step, block, stride);
+        exclude(block, stride, first + r, some, m, columns);
+        if (m == 0) {  // the keys of lowest bounds give the first limits, and are then offered like all others
+          kernel.offer(block, stride, some, columns, m, c, r);
+          for (int64_t i = r; i < r + some; ++i) {
+            c.limit[i] = ~Key(0);
+            tighten(c, s, queries, i, measured);
+            c.count[i] = 0;
+          }
+        }
+        c.limits_given = true;
+        kernel.offer(block, stride, some, columns, m, c, r);
+        c.limits_given = m > 0;
+      }
+      for (int64_t r = 0; r < rows; ++r) {
+        if (c.count[r] <= many) continue;
+        tighten(c, s, queries, r, measured);
+        if (c.count[r] <= many * 3 / 4) continue;
+        c.count[r] = 0, c.limit[r] = 0;  // this query's bounds are too wide: nothing is offered to it any more
+        if ((left -= length) < 0) return false;
+      }
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      if (c.limit[r] == 0) {
+        rank_all(c, s, queries, r, first + r);
+      } else {
+        left -= rank(c, s, queries, r, measured);
+        if (left < 0) return false;
+      }
+      emit_(s, first + r, c.keys + r * c.capacity, p.k, unscale_);
+    }
+    return true;
+  }
+
+  // Centre and step from a sample of rows: any are right, these leave small errors.
+  float choose_step(int64_t s, int64_t first, int64_t rows, float* centre) const {
+    constexpr int64_t kSample = 16;  // of queries, and of keys
+    Workspace& w = workspace();
+    float* sample = w.exact.get<float>(2 * kSample * p.dim);
+    const float* pointers[2 * kSample];
+    for (int64_t i = 0; i < kSample; ++i) {
+      pointers[i] = sample + i * p.dim, pointers[kSample + i] = sample + (kSample + i) * p.dim;
+      kernel.widen(query_rows(s, first + rows * i / kSample), p.dtype, p.dim, scale_, sample + i * p.dim);
+      kernel.widen(key_rows(s, p.length(s) * i / kSample), p.dtype, p.dim, scale_, sample + (kSample + i) * p.dim);
+    }
+    double square = 0;
+    for (int64_t d = 0; d < p.dim; ++d) {
+      double sum = 0, squares = 0;
+      for (const float* row : pointers) sum += row[d], squares += double(row[d]) * row[d];
+      centre[d] = float(sum / (2 * kSample));
+      square += squares - sum * sum / (2 * kSample);
+    }
+    const double deviation = std::sqrt(std::max(0., square / double(2 * kSample * p.dim)));
+    KnnBytes bytes{w.key_bytes.get<uint8_t>(2 * kSample * round_up(p.dim, kKnnBytesDim)),
+                   w.key_squares.get<int32_t>(2 * kSample), w.key_errors.get<float>(2 * kSample)};
+    float step = 0, least = std::numeric_limits<float>::infinity();
+    for (double reach = 3; reach < 64; reach *= 1.15) {  // the largest value that bytes hold, in deviations
+      const float tried = float(reach * deviation / 127);
+      if (!(tried > 0x1p-60f)) break;
+      kernel.first_pass->quantise(pointers, 2 * kSample, p.dim, centre, tried, false, bytes);
+      const float sum = std::accumulate(bytes.errors, bytes.errors + 2 * kSample, 0.f);
+      if (!(sum < least)) break;
+      least = sum, step = tried;
+    }
+    return step;
+  }
+
+  // Measures the keys of lowest bounds, some more than k as a large error may lower one's bound; lowers the limit to
+  // the k-th lowest distance and drops the other candidates above it. How many were measured: they lie at the front.
+  int64_t tighten(KnnCandidates<T> c, int64_t s, Rows queries, int64_t row, Key* measured) {
+    Key* keys = c.keys + row * c.capacity;
+    const int64_t count = c.count[row], k = c.k, some = c.k = std::min(count, most_measured(k));
+    if (count < k) return 0;
+    kernel.settle(c, row);
+    std::copy_n(keys, some, measured);
+    measure(s, queries, row, measured, some);
+    std::nth_element(measured, measured + k - 1, measured + some);
+    // A measured square differs from the true one by less than 2^-12 of it, and by 2^-130 where it underflows.
+    const T worst = std::sqrt(squared_of<T>(measured[k - 1])) * (1 + T(0x1p-12)) + T(0x1p-60);
+    const Key limit = c.limit[row] = std::min(c.limit[row], key_of(worst, ~uint32_t(0)));
+    c.count[row] = std::remove_if(keys + some, keys + count, [limit](Key key) { return key > limit; }) - keys;
+    return some;
+  }
+  static int64_t most_measured(int64_t k) { return k + k / 2 + 4; }
+
+  // A row's candidates become its k nearest, in order. How many were measured.
+  int64_t rank(KnnCandidates<T> c, int64_t s, Rows queries, int64_t row, Key* measured) {
+    Key* keys = c.keys + row * c.capacity;
+    const int64_t some = tighten(c, s, queries, row, measured);
+    measure(s, queries, row, keys + some, c.count[row] - some);
+    std::copy_n(measured, some, keys);
+    kernel.settle(c, row);
+    return c.count[row];
+  }
+
+  // All keys are measured, and a row's candidates become its k nearest, in order.
+  void rank_all(KnnCandidates<T> c, int64_t s, Rows queries, int64_t row, int64_t query) {
+    Key* keys = c.keys + row * c.capacity;
+    int64_t held = 0;
+    for (int64_t m = 0; m < p.length(s); m += kAtOnce) {
+      int64_t more = held;
+      for (int64_t j = m; j < std::min(m + kAtOnce, p.length(s)); ++j)
+        if (p.include_self || j != query) keys[more++] = Key(j);
+      measure(s, queries, row, keys + held, more - held);
+      c.count[row] = more;
+      held = kernel.settle(c, row);
+    }
+  }
+
+  // Keys with bounds become keys with distances.
+  void measure(int64_t s, Rows queries, int64_t row, Key* keys, int64_t count) {
+    Workspace& w = workspace();
+    T* out = w.exact.get<T>(kAtOnce);
+    T sum = 0;
+    for (int64_t first = 0; first < count; first += kAtOnce, keys += kAtOnce) {
+      const int64_t some = std::min(kAtOnce, count - first);
+      const bool in_place = by_rows_ && scale_ == 1 && item_size(p.dtype) == int64_t(sizeof(T));
+      const T** pointers = w.key_pointers.get<const T*>(kAtOnce);
+      T* rows = in_place ? nullptr : w.turned.get<T>(kAtOnce * p.dim);
+      for (int64_t i = 0; i < some; ++i) {
+        const char* from = key_rows(s, uint32_t(keys[i]));
+        pointers[i] = in_place ? reinterpret_cast<const T*>(from) : rows + i * p.dim;
+        if (!in_place) kernel.widen(from, p.dtype, p.dim, scale_, rows + i * p.dim);
+      }
+      Rows taken{nullptr, pointers};
+      if (!by_rows_) {
+        T* packed = w.keys.get<T>(kAtOnce * p.dim);
+        kernel.pack(rows, DType::f32, some, p.dim, kernel.width, 1, packed);
+        taken = {packed, nullptr};
+      }
+      distances(queries, row, 1, taken, some, out, kAtOnce);
+      for (int64_t i = 0; i < some; ++i) sum += out[i], keys[i] = key_of(out[i], uint32_t(keys[i]));
+    }
+    note(sum);
+  }
+
   // The batch against itself: a pair of blocks is computed once, and its distances go to the rows of both.
   void search_symmetric() {
     const int64_t W = kernel.width, n = p.num_queries;
     const int64_t side = by_rows_ ? std::clamp<int64_t>(round_up(n / 4, W), W, kSide) : kSide;
     const int64_t blocks = (n + side - 1) / side, pairs = blocks * (blocks + 1) / 2;
-    KnnCandidates<T> c = candidate_sizes<T>(kernel, p.k);
     Workspace& shared = shared_workspace();
-    c.keys = shared.candidates.get<Key>(p.problems * n * c.capacity);
-    c.limit = shared.limits.get<Key>(p.problems * n);
-    c.count = shared.counts.get<int64_t>(p.problems * n);
-    start(c, p.problems * n);
+    const KnnCandidates<T> c = room(shared, candidate_sizes<T>(kernel, p.k), p.problems * n);
     const std::unique_ptr<std::mutex[]> locks(new std::mutex[size_t(p.problems * blocks)]);
 
     struct Taken {
@@ -362,7 +562,9 @@ class Search {
     int64_t total_ = 0;
   };
 
-  static constexpr int64_t kSide = 96;  // of a symmetric block: a multiple of every instruction set's groups
+  static constexpr int64_t kRows = 48;    // queries of a block
+  static constexpr int64_t kAtOnce = 64;  // keys measured one by one
+  static constexpr int64_t kSide = 96;    // of a symmetric block: a multiple of every instruction set's groups
 
   const KnnProblem& p;
   const Emit& emit_;
@@ -381,12 +583,7 @@ void search(const KnnProblem& p, const Emit& emit) {
 
 template <class T>
 T distance_of(typename KnnKey<T>::type key, double unscale) {
-  using Bits = std::conditional_t<std::is_same_v<T, float>, uint32_t, uint64_t>;
-  const Bits bits = Bits(key >> kKnnIndexBits);
-  T squared;
-  static_assert(sizeof squared == sizeof bits);
-  std::memcpy(&squared, &bits, sizeof bits);
-  return T(std::sqrt(squared) * unscale);
+  return T(std::sqrt(squared_of<T>(key)) * unscale);
 }
 
 template <class T>

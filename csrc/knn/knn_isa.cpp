@@ -5,6 +5,10 @@
 #include "common/half.hpp"
 
 #if defined(__x86_64__)
+#if defined(__GNUC__) && !defined(__clang__)  // the header's undefined vectors are no mistake of ours
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include <immintrin.h>
 #endif
 
@@ -418,6 +422,127 @@ void row_distances(const T* const* queries, int64_t rows, const T* const* keys, 
   }
 }
 
+// First pass ----------------------------------------------------------------------------------------------------------
+//
+// A row x stands for x' = centre + step * b, with whole b in -127 .. 127, and e(x) >= |x - x'|. With one step for all,
+// |q' - k'|^2 = step^2 * (|b_q|^2 + |b_k|^2 - 2 b_q . b_k) is a whole number times step^2, and 32 bits hold it: nothing
+// rounds and nothing cancels. By the triangle inequality | |q - k| - |q' - k'| | <= e(q) + e(k).
+//
+// e is computed: with u = 2^-24, r = fl(x - centre) and t = fl(r - step * b), of one rounding each,
+// |x - x'| <= |t| (1 + u) + 2u |r|, and |r| <= |t| + step * |b|; sums of at most 16384 squares, lane by lane, are
+// within (16384 / 16 + 6) u < 2^-13, and what underflows is less than 2^-67 in all. Values are at most 2^50 wherever
+// this is used (knn_cpu.cpp). The root, with its conversion and products, is within 2^-13 of |q' - k'|, so that a * (1
+// - 2^-12) - e(q) - e(k) is below the distance, also when rounded.
+
+#if defined(__AVX512VNNI__)
+inline Vector<float> root(Vector<float> x) { return (Vector<float>)_mm512_sqrt_ps((__m512)x); }
+
+void quantise(const float* const* rows, int64_t count, int64_t dim, const float* centre, float step, bool queries,
+              KnnBytes out) {
+  constexpr int G = kKnnBytesGroup;
+  using Floats = Vector<float>;
+  const Floats inverse = Floats{} + 1 / step, most = Floats{} + 127;
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const __m512i offset = _mm512_set1_epi8(queries ? 0 : -128);  // keys are unsigned in the product below
+  for (int64_t first = 0; first < count; first += G) {
+    Floats missed[G] = {}, square[G] = {}, sum[G] = {};
+    for (int64_t d = 0; d < dim; d += kKnnBytesDim, out.values += G * kKnnBytesDim) {
+      Floats bytes[G];
+      for (int i = 0; i < G; ++i) {
+        const float* row = rows[first + i < count ? first + i : first];
+        __m512i part[4];
+#pragma GCC unroll 4
+        for (int v = 0; v < 4; ++v) {
+          const int64_t at = d + v * 16, have = dim - at;
+          const Floats x = have >= 16  ? load(row + at) - load(centre + at)
+                           : have <= 0 ? Floats{}
+                                       : load_first(row + at, int(have)) - load_first(centre + at, int(have));
+          Floats b = (Floats)_mm512_roundscale_ps((__m512)(x * inverse), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+          b = (Floats)_mm512_max_ps(_mm512_min_ps((__m512)b, (__m512)most), (__m512)-most);
+          const Floats miss = (Floats)_mm512_fnmadd_ps((__m512)b, _mm512_set1_ps(step), (__m512)x);
+          missed[i] += miss * miss, square[i] += b * b;
+          if (queries) sum[i] += b;
+          part[v] = _mm512_cvtps_epi32((__m512)b);
+        }
+        const __m512i packed =
+            _mm512_packs_epi16(_mm512_packs_epi32(part[0], part[1]), _mm512_packs_epi32(part[2], part[3]));
+        bytes[i] = (Floats)_mm512_xor_si512(_mm512_permutexvar_epi32(order, packed), offset);
+      }
+      transpose_tile<float>(bytes);
+      for (int i = 0; i < G; ++i) __builtin_memcpy(out.values + i * 4 * G, &bytes[i], 4 * G);
+    }
+    float lengths[G];
+    for (int i = 0; i < G; ++i) {
+      const int squares = _mm512_reduce_add_epi32(_mm512_cvtps_epi32((__m512)square[i]));
+      const int total = _mm512_reduce_add_epi32(_mm512_cvtps_epi32((__m512)sum[i]));
+      out.squares[first + i] = queries ? squares + 256 * total : squares;
+      lengths[i] = float(squares);
+    }
+    const Floats miss = root(sum_each<float>(missed)), length = root(load(lengths)) * step + miss;
+    store(out.errors + first, miss * (1 + 0x1p-10f) + length * 0x1p-20f + 0x1p-60f);
+  }
+}
+
+// 8 queries x 32 keys. The product takes keys as b + 128: the queries' squares make up for that.
+void bound_tile(const uint8_t* queries, const int32_t* query_squares, const float* query_errors, const uint8_t* keys,
+                int64_t keys_stride, const int32_t* key_squares, const float* key_errors, int64_t depth, float step,
+                float* out, int64_t stride) {
+  constexpr int R = 8, N = 2, G = kKnnBytesGroup;
+  __m512i sum[R][N];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+    for (int n = 0; n < N; ++n) sum[r][n] = _mm512_setzero_si512();
+  for (int64_t d = 0; d < depth; ++d) {
+    __m512i key[N];
+#pragma GCC unroll 2
+    for (int n = 0; n < N; ++n) key[n] = _mm512_loadu_si512(keys + n * keys_stride + d * 4 * G);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      int32_t query;
+      __builtin_memcpy(&query, queries + d * 4 * G + r * 4, 4);
+#pragma GCC unroll 2
+      for (int n = 0; n < N; ++n) sum[r][n] = _mm512_dpbusd_epi32(sum[r][n], key[n], _mm512_set1_epi32(query));
+    }
+  }
+  const __m512 factor = _mm512_set1_ps(step * (1 - 0x1p-12f)), one = _mm512_set1_ps(1), zero = _mm512_setzero_ps();
+#pragma GCC unroll 2
+  for (int n = 0; n < N; ++n) {
+    const __m512i squares = _mm512_loadu_si512(key_squares + n * G);
+    const __m512 errors = _mm512_loadu_ps(key_errors + n * G);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const __m512i both = _mm512_add_epi32(squares, _mm512_set1_epi32(query_squares[r]));
+      const __m512 square = _mm512_cvtepi32_ps(_mm512_sub_epi32(both, _mm512_slli_epi32(sum[r][n], 1)));
+      const __m512 root = _mm512_mul_ps(square, _mm512_rsqrt14_ps(_mm512_max_ps(square, one)));
+      const __m512 error = _mm512_add_ps(errors, _mm512_set1_ps(query_errors[r]));
+      _mm512_storeu_ps(out + r * stride + n * G, _mm512_max_ps(_mm512_fmsub_ps(root, factor, error), zero));
+    }
+  }
+}
+
+void bounds(KnnBytes queries, int64_t rows, KnnBytes keys, int64_t columns, int64_t dim, float step, float* out,
+            int64_t stride) {
+  constexpr int64_t G = kKnnBytesGroup;
+  const int64_t group = (dim + kKnnBytesDim - 1) / kKnnBytesDim * kKnnBytesDim * G, depth = (dim + 3) / 4;
+  for (int64_t j = 0; j < columns; j += 2 * G)
+    for (int64_t i = 0; i < rows; i += 8)
+      bound_tile(queries.values + i / G * group + i % G * 4, queries.squares + i, queries.errors + i,
+                 keys.values + j / G * group, group, keys.squares + j, keys.errors + j, depth, step,
+                 out + i * stride + j, stride);
+}
+
+constexpr KnnFirstPass kBytes = {quantise, bounds};
+#endif
+
+template <class T>
+constexpr const KnnFirstPass* first_pass() {
+#if defined(__AVX512VNNI__)
+  if (sizeof(T) == sizeof(float)) return &kBytes;
+#endif
+  return nullptr;
+}
+
 // Candidates ----------------------------------------------------------------------------------------------------------
 
 template <class T>
@@ -568,7 +693,7 @@ T offer(const T* block, int64_t stride, int64_t rows, int64_t columns, int64_t i
     Key<T>* keys = candidates.keys + (first_row + r) * candidates.capacity;
     Key<T>* limit = candidates.limit + first_row + r;
     int64_t* count = candidates.count + first_row + r;
-    if (*count == 0) {
+    if (*count == 0 && !candidates.limits_given) {
       const T least = first_bound(row, columns, candidates.k);
       const Key<T> offered = make_key(least, 0) | ((Key<T>(1) << kKnnIndexBits) - 1);
       if (offered < *limit) *limit = offered;
@@ -625,8 +750,8 @@ int64_t settle(KnnCandidates<T> candidates, int64_t row) {
 
 template <class T>
 constexpr KnnKernels<T> kernels(void (*pack)(const void*, DType, int64_t, int64_t, int, T, T*)) {
-  return {Shape<T>::W,  Shape<T>::R,  Shape<T>::N,      4 * Shape<T>::W, largest<T>, pack,
-          widen_all<T>, distances<T>, row_distances<T>, transpose<T>,    offer<T>,   settle<T>};
+  return {Shape<T>::W,  Shape<T>::R,      Shape<T>::N,  4 * Shape<T>::W, largest<T>, pack,           widen_all<T>,
+          distances<T>, row_distances<T>, transpose<T>, offer<T>,        settle<T>,  first_pass<T>()};
 }
 
 }  // namespace

@@ -32,8 +32,28 @@ struct KnnCandidates {
   typename KnnKey<T>::type* limit;  // [rows]
   int64_t* count;                   // [rows]
   int64_t k;
-  int64_t trigger;   // at this many candidates all but k are dropped
-  int64_t capacity;  // trigger and room for what one step can add
+  int64_t trigger;    // at this many candidates all but k are dropped
+  bool limits_given;  // else a row's first block may set its limit
+  int64_t capacity;   // trigger and room for what one step can add
+};
+
+// Rows as bytes, for a first pass over distances whose results are bounds (knn_isa.cpp says how they follow).
+struct KnnBytes {
+  uint8_t* values;   // groups of 16 rows, each: four features of every row, the next four of every row, ...
+  int32_t* squares;  // of each row, what its squared distances begin with
+  float* errors;     // [rows], the distance between a row and what its bytes stand for, at most
+};
+constexpr int64_t kKnnBytesGroup = 16, kKnnBytesDim = 64;  // rows and features are rounded up to these
+constexpr int64_t kKnnBytesMaxDim = 16384;                 // sums of products stay whole numbers in every lane
+
+struct KnnFirstPass {
+  // Rows by their pointers become bytes: round((row - centre) / step).
+  void (*quantise)(const float* const* rows, int64_t count, int64_t dim, const float* centre, float step, bool queries,
+                   KnnBytes out);
+  // out[i * stride + j] is at most the distance between query i and key j. `out` has room for `rows` rounded up to 8
+  // and `columns` rounded up to 32.
+  void (*bounds)(KnnBytes queries, int64_t rows, KnnBytes keys, int64_t columns, int64_t dim, float step, float* out,
+                 int64_t stride);
 };
 
 template <class T>
@@ -63,6 +83,7 @@ struct KnnKernels {
              int64_t first);
   // Sorts the lowest min(k, count) keys of a row to its front; how many there are.
   int64_t (*settle)(KnnCandidates<T> candidates, int64_t row);
+  const KnnFirstPass* first_pass;  // null where there is none
 };
 
 #define URLFAST_DECLARE_KNN(isa)              \
@@ -74,6 +95,7 @@ URLFAST_DECLARE_KNN(baseline)
 #ifdef __x86_64__
 URLFAST_DECLARE_KNN(avx2)
 URLFAST_DECLARE_KNN(avx512)
+URLFAST_DECLARE_KNN(avx512vnni)
 #endif
 #undef URLFAST_DECLARE_KNN
 

@@ -19,7 +19,7 @@ constexpr int64_t kChunk = 32768;
 
 const NormalizerKernels& kernels() {
 #ifdef URLFAST_X86
-  static const NormalizerKernels& chosen = chosen_isa() == Isa::avx512 ? avx512::normalizer_kernels
+  static const NormalizerKernels& chosen = chosen_isa() >= Isa::avx512 ? avx512::normalizer_kernels
                                            : chosen_isa() == Isa::avx2 ? avx2::normalizer_kernels
                                                                        : baseline::normalizer_kernels;
   return chosen;
