@@ -37,7 +37,8 @@ def key(case: dict) -> tuple:
 
 
 def load(folder: Path = ROOT / "bench" / "results") -> list[dict]:
-    return merged(json.loads(path.read_text()) for path in sorted(folder.glob("*.json")))
+    runs = (json.loads(path.read_text()) for path in sorted(folder.glob("*.json")))
+    return merged(run for run in runs if "cases" in run)  # learning curves (bench.precision) lie there too
 
 
 # The section -------------------------------------------------------------------------------------------------------------------
