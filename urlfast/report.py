@@ -717,7 +717,7 @@ def about(story: Story) -> str:
         ("steps", f"{number(steps)} of {number(options['steps'])}" if steps is not None and options.get("steps") else None),
         ("training time", human_time(seconds) if seconds else None),
         ("speed at the end", f"{rate:.3g} steps/s" if rate else None),
-        ("device", options.get("device")),
+        ("begun on", story.config.get("hardware")),
         ("evaluated on", evaluation.get("hardware")),
         ("started", story.config.get("started")),
         ("versions", ", ".join(f"{k} {v}" for k, v in versions.items()) if isinstance(versions, dict) else versions),

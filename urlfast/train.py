@@ -21,6 +21,7 @@ import tyro
 from urlfast.checkpoint import Checkpoint, Checkpoints, read_latest
 from urlfast.device import keep_freed_memory
 from urlfast.envs.atari import AtariConfig, make_atari, rom_id
+from urlfast.info import hardware
 from urlfast.methods.apt import APT, APTConfig
 from urlfast.methods.task import Task, TaskConfig
 from urlfast.run import (
@@ -281,6 +282,7 @@ def start(method: str, domain: str, preset: str, config: TrainConfig, *, name: s
             replay = agent.make_replay(env.num_envs, config.steps)
         check_writable(config.runs)
         seconds = seconds_per_update(trial, env)
+        noted["hardware"] = f"{chosen_device(config.device).type}: {hardware()}"
         saved = {"method": method, "domain": domain, "preset": preset, "config": asdict(config), **noted}
         run = Run.create(config.runs, f"{name or f'{method}-{domain}'}-{config.env.game}-s{config.seed}", saved)
         with run.locked():
