@@ -192,7 +192,7 @@ def prepare(case: Case, quick: bool = False) -> tuple[dict[str, Call], list[str]
 
 
 def in_turns(calls: dict[str, Call], seconds: float, rounds: int, clock: str, pause: float = 0.0) -> dict[str, list[float]]:
-    """Times of each call, taken a b c a b c ..., so that drift hits all alike; each for `seconds`, and at least `rounds` times.
+    """Times of each call, taken a b c a b c ..., so that drift hits all alike; each for `seconds` with its rest, `rounds` times at least.
 
     pause: seconds of rest before each turn, in which the threads of the contestant before stop spinning.
     """
@@ -208,8 +208,8 @@ def in_turns(calls: dict[str, Call], seconds: float, rounds: int, clock: str, pa
     try:
         while turn := [name for name in calls if len(times[name]) < rounds or spent[name] < seconds]:
             for name in turn:
-                time.sleep(pause)
                 start = time.perf_counter()
+                time.sleep(pause)
                 times[name].append(measure(calls[name], loops[name]))
                 spent[name] += time.perf_counter() - start
     finally:
@@ -230,8 +230,8 @@ def run(case: Case, peaks: Mapping[str, float], *, quick: bool = False, clock: s
     with equal_threads(case.threads):
         calls, absent = prepare(case, quick)
         if case.unit == "s":
-            # OpenMP's threads go on spinning for a while after their work, on the cores that the next contestant needs
-            times = in_turns(calls, 0.1 if quick else 2.0, 3, clock, pause=5e-3 if case.threads > 1 else 0.0)
+            # OpenMP's threads spin for some 5 ms after their work (libgomp: 300,000 times), on the cores that the next contestant needs
+            times = in_turns(calls, 0.1 if quick else 2.0, 3, clock, pause=20e-3 if case.threads > 1 else 0.0)
         else:
             times = {name: [float(call())] for name, call in calls.items()}
     figures = {name: {"median": float(np.median(t)), "min": float(np.min(t)), "turns": len(t)} for name, t in times.items()}
