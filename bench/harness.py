@@ -191,10 +191,10 @@ def prepare(case: Case, quick: bool = False) -> tuple[dict[str, Call], list[str]
     return calls, [name for name, make in case.contestants.items() if make is None]
 
 
-def in_turns(calls: dict[str, Call], seconds: float, rounds: int, clock: str, pause: float = 0.0) -> dict[str, list[float]]:
-    """Times of each call, taken a b c a b c ..., so that drift hits all alike; each for `seconds` with its rest, `rounds` times at least.
+def in_turns(calls: dict[str, Call], seconds: float, rounds: int, clock: str, warm: float = 0.0) -> dict[str, list[float]]:
+    """Times of each call, taken a b c a b c ..., so that drift hits all alike; each for `seconds`, its warming included, `rounds` times at least.
 
-    pause: seconds of rest before each turn, in which the threads of the contestant before stop spinning.
+    warm: seconds of untimed calls before each turn, in which the threads of the contestant before stop spinning and its own wake up.
     """
     measure = CLOCKS[clock]
     loops, times, spent = {}, {name: [] for name in calls}, dict.fromkeys(calls, 0.0)
@@ -209,7 +209,8 @@ def in_turns(calls: dict[str, Call], seconds: float, rounds: int, clock: str, pa
         while turn := [name for name in calls if len(times[name]) < rounds or spent[name] < seconds]:
             for name in turn:
                 start = time.perf_counter()
-                time.sleep(pause)
+                while warm and time.perf_counter() < start + warm:
+                    calls[name]()
                 times[name].append(measure(calls[name], loops[name]))
                 spent[name] += time.perf_counter() - start
     finally:
@@ -231,7 +232,7 @@ def run(case: Case, peaks: Mapping[str, float], *, quick: bool = False, clock: s
         calls, absent = prepare(case, quick)
         if case.unit == "s":
             # OpenMP's threads spin for some 5 ms after their work (libgomp: 300,000 times), on the cores that the next contestant needs
-            times = in_turns(calls, 0.1 if quick else 2.0, 3, clock, pause=20e-3 if case.threads > 1 else 0.0)
+            times = in_turns(calls, 0.1 if quick else 2.0, 3, clock, warm=30e-3 if case.threads > 1 else 0.0)
         else:
             times = {name: [float(call())] for name, call in calls.items()}
     figures = {name: {"median": float(np.median(t)), "min": float(np.min(t)), "turns": len(t)} for name, t in times.items()}
