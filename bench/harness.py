@@ -192,7 +192,7 @@ def prepare(case: Case, quick: bool = False) -> tuple[dict[str, Call], list[str]
 
 
 def in_turns(calls: dict[str, Call], seconds: float, rounds: int, clock: str, warm: float = 0.0) -> dict[str, list[float]]:
-    """Times of each call, taken a b c a b c ..., so that drift hits all alike; each for `seconds`, its warming included, `rounds` times at least.
+    """Times of each call, taken a b c a b c ..., so that drift hits all alike; for `seconds` each, warming included, and `rounds` times.
 
     warm: seconds of untimed calls before each turn, in which the threads of the contestant before stop spinning and its own wake up.
     """
