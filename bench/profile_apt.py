@@ -32,7 +32,7 @@ REGIONS = {  # what runs inside belongs to the group, whatever it is
     "acting": [(urlfast.methods.pixel_agent.PixelAgent, "act")],
     "replay": [(urlfast.SequenceReplay, "sample"), (urlfast.SequenceReplay, "add")],
     "augmentation": [(urlfast.augment.Augment, "__call__")],
-    "neighbours and reward": [(urlfast.intrinsic.ParticleReward, "with_distance")],
+    "neighbours and reward": [(urlfast.intrinsic.ParticleReward, "__call__")],
     "Adam, clipping, EMA copies": [
         (torch.optim.Adam, "step"),
         (torch.nn.utils, "clip_grad_norm_"),

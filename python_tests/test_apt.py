@@ -163,18 +163,18 @@ def test_rewards_follow_the_encoder():
 
 def test_scale_of_distances_and_of_rewards():
     z = torch.randn(16, 3, generator=torch.Generator().manual_seed(0))
+    nearest = torch.cdist(z, z).topk(4, largest=False).values
     raw = ParticleReward(ParticleConfig(k=4, scale="none"), CPU)
-    torch.testing.assert_close(raw(z), torch.as_tensor(knn_reward(z, 4)))
+    torch.testing.assert_close(raw(z), (torch.as_tensor(knn_reward(z, 4)), nearest.mean(-1)))
     # a first batch is divided by its own mean, whatever its unit
-    by_distance = [ParticleReward(ParticleConfig(k=4), CPU)(z * unit) for unit in (1, 1000)]
+    by_distance = [ParticleReward(ParticleConfig(k=4), CPU)(z * unit)[0] for unit in (1, 1000)]
     torch.testing.assert_close(*by_distance, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(by_distance[0].exp().mean() - 1, torch.tensor(1.0), rtol=1e-3, atol=1e-3)
     by_reward = ParticleReward(ParticleConfig(k=4, scale="reward-mean"), CPU)
-    torch.testing.assert_close(by_reward(z), raw(z) / raw(z).mean(), rtol=1e-3, atol=1e-4)
-    frozen = by_reward(5 * z, update=False)
-    torch.testing.assert_close(frozen, raw(5 * z) / raw(z).mean(), rtol=1e-3, atol=1e-4)  # still the first batch's mean
-    clipped = ParticleReward(ParticleConfig(k=4, clip=0.9), CPU)(z)
-    nearest = torch.cdist(z, z).topk(4, largest=False).values
+    torch.testing.assert_close(by_reward(z)[0], raw(z)[0] / raw(z)[0].mean(), rtol=1e-3, atol=1e-4)
+    frozen, _ = by_reward(5 * z, update=False)
+    torch.testing.assert_close(frozen, raw(5 * z)[0] / raw(z)[0].mean(), rtol=1e-3, atol=1e-4)  # still the first batch's mean
+    clipped, _ = ParticleReward(ParticleConfig(k=4, clip=0.9), CPU)(z)
     expected = (1 + (nearest / nearest.mean() - 0.9).clamp(min=0).mean(-1)).log()
     torch.testing.assert_close(clipped, expected, rtol=1e-3, atol=1e-3)
     with pytest.raises(ValueError, match="clip: is taken from scaled distances"):
@@ -186,8 +186,8 @@ def test_pool_of_views_averages_over_the_views():
     update = method.agent.learner.update
 
     class Watched(ParticleReward):
-        def with_distance(self, z):
-            reward, distance = super().with_distance(z)
+        def __call__(self, z):
+            reward, distance = super().__call__(z)
             seen.append((z, reward))
             return reward, distance
 

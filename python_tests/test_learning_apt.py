@@ -37,8 +37,8 @@ CONFIG = APTConfig(
 class Shuffled(ParticleReward):
     """The same rewards, each given to a particle that did not earn it."""
 
-    def with_distance(self, z, *, update=True):
-        reward, distance = super().with_distance(z, update=update)
+    def __call__(self, z, *, update=True):
+        reward, distance = super().__call__(z, update=update)
         return reward[torch.randperm(len(z))], distance
 
 

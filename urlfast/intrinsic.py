@@ -36,12 +36,11 @@ class ParticleReward:
         mode = {"distance-mean": "mean", "distance-var": "var", "reward-mean": "mean", "none": None}[config.scale]
         self.normalizer = RunningNormalizer(mode, clip=config.clip or None, device=str(device)) if mode else None
 
-    def __call__(self, z: Tensor, *, update: bool = True) -> Tensor:
-        """z: (B, d) float32. Returns (B,), without gradient. update: the running statistic takes this batch in first."""
-        return self.with_distance(z, update=update)[0]
+    def __call__(self, z: Tensor, *, update: bool = True) -> tuple[Tensor, Tensor]:
+        """(reward, distance) of features z (B, d) float32, each (B,) and without gradient; one search gives both.
 
-    def with_distance(self, z: Tensor, *, update: bool = True) -> tuple[Tensor, Tensor]:
-        """(reward, distance), each (B,): distance is what the reward is made of, in the units of z; one search gives both."""
+        distance: what the reward is made of, in the units of z. update: the running statistic takes this batch in first.
+        """
         config = self.config
         distances, _ = knn(z.detach(), k=config.k)  # (B, k)
         if config.neighbours == "kth":

@@ -472,7 +472,7 @@ class SequenceReplay:
                 os.unlink(made.pop(0))
             os.rename(made[-1], path := os.path.join(folder, state))
             made[-1] = path
-            _sync_folder(folder)
+            sync_folder(folder)
             manifest = {
                 "format": "urlfast-replay",
                 "version": 1,
@@ -493,7 +493,7 @@ class SequenceReplay:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(path)
             raise
-        _sync_folder(folder)
+        sync_folder(folder)
         self._saved = _Saved(folder, segments)
         return [s["file"] for s in segments] + [state]
 
@@ -678,7 +678,8 @@ def _read_manifest(path: str | os.PathLike) -> dict:
     return manifest
 
 
-def _sync_folder(folder: str) -> None:
+def sync_folder(folder: str | os.PathLike) -> None:
+    """Names created in or renamed within `folder` survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

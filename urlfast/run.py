@@ -33,6 +33,7 @@ from types import UnionType
 from typing import Literal, Union, get_args, get_origin, get_type_hints
 
 from urlfast import __version__
+from urlfast.ops import sync_folder
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 JSON_BYTES, JSON_DEPTH = 64_000_000, 32  # more than any file of a run has
@@ -148,15 +149,6 @@ def sync(file) -> None:
     """What was written to `file` survives a power cut."""
     file.flush()
     os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Names created in or renamed within `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def check_writable(runs: str | Path) -> None:

@@ -3,14 +3,7 @@
 #include "knn/knn_isa.hpp"
 
 #include "common/half.hpp"
-
-#if defined(__x86_64__)
-#if defined(__GNUC__) && !defined(__clang__)  // the header's undefined vectors are no mistake of ours
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
-#include <immintrin.h>
-#endif
+#include "common/intrinsics.hpp"
 
 namespace urlfast {
 namespace {

@@ -1,13 +1,8 @@
 // Compiled once per instruction set: static functions and raw pointers only.
 #include "latent/latent_isa.hpp"
 #include "common/half.hpp"
+#include "common/intrinsics.hpp"
 #include "common/random.hpp"
-#if defined(__AVX2__)
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wuninitialized"  // gcc 12 warns of its own header's undefined registers
-#include <immintrin.h>
-#pragma GCC diagnostic pop
-#endif
 
 namespace urlfast::URLFAST_ISA_NAMESPACE {
 namespace {

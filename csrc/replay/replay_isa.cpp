@@ -2,12 +2,8 @@
 #include "replay/replay_isa.hpp"
 
 #include <string.h>
-#if defined(__SSE2__)
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wuninitialized"  // gcc 12 warns of its own header's undefined registers
-#include <immintrin.h>
-#pragma GCC diagnostic pop
-#endif
+
+#include "common/intrinsics.hpp"
 
 namespace urlfast::URLFAST_ISA_NAMESPACE {
 namespace {

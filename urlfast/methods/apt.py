@@ -174,7 +174,7 @@ class APT:
         # Reward: eq. 5 on the next observation, under the new encoder.
         z, z_target = agent.target_views(next_observation, c.target_views)  # K of (B, d)
         pool = torch.cat(z) if c.pool == "views" else z[0]
-        particles, distance = self.reward.with_distance(pool)
+        particles, distance = self.reward(pool)
         reward = particles.view(-1, len(action)).mean(0)  # y averages over the views, and so over their rewards
 
         # Q: no view asks for a gradient, because the encoder learns from the contrastive loss alone.
@@ -194,7 +194,8 @@ class APT:
     def intrinsic_reward(self, observation: Tensor) -> tuple[Tensor, Tensor]:
         """(reward (B,), features (B, d)) of a pool of uint8 stacks (B, C, H, W), not augmented; the running statistic stays as it is."""
         z = self.agent.encode(self.agent.encoder, self.agent.plain(observation.to(self.device)))
-        return self.reward(z, update=False), z
+        reward, _ = self.reward(z, update=False)
+        return reward, z
 
     def state_dict(self) -> dict[str, dict]:
         return self.agent.state_dict() | {
