@@ -371,6 +371,10 @@ def test_frame_rewards_and_ram_are_those_of_the_emulator():
         np.testing.assert_array_equal(step.frame_reward.sum(1), step.reward)
 
 
+def columns(step):
+    return [(name, column) for name, column in vars(step).items() if column is not None]
+
+
 def test_a_cloned_state_goes_on_as_it_did():
     with processes(game="seaquest", num_envs=3, sticky=0.25, max_frames=240) as env:
         actions = random_actions(env, 150)
@@ -382,12 +386,12 @@ def test_a_cloned_state_goes_on_as_it_did():
         env.restore_state(2, state)
         again = [env.step(row) for row in actions[50:]]
         shown = env.restore_state(0, state)  # in another worker and another place
-        for name, column in vars(shown).items():
+        for name, column in columns(shown):
             np.testing.assert_array_equal(column[0], getattr(before, name)[2], name)
             np.testing.assert_array_equal(column[1:], getattr(again[-1], name)[1:], name)
         elsewhere = [env.step(row[[2, 1, 0]]) for row in actions[50:]]
     for one, two, three in zip(steps, again, elsewhere, strict=True):
-        for name, column in vars(one).items():
+        for name, column in columns(one):
             np.testing.assert_array_equal(column[2], getattr(two, name)[2], name)
             np.testing.assert_array_equal(column[2], getattr(three, name)[0], name)
 

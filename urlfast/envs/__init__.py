@@ -36,6 +36,7 @@ class Step:
     length: np.ndarray  # int64 [N]: agent steps of the running episode, so final where is_last
     ram: np.ndarray | None = None  # uint8 [N, 128], where the environment gives it
     frame_reward: np.ndarray | None = None  # float32 [N, action_repeat]: score change of each emulated frame (0 where none was played)
+    physics: np.ndarray | None = None  # float64 [N, P]: positions, velocities and activations of a simulation, which gives them
 
 
 class Episodes:
@@ -46,13 +47,13 @@ class Episodes:
         self.score = np.zeros(num_envs, np.float64)
         self.length = np.zeros(num_envs, np.int64)
 
-    def reset(self, observation, ram=None, frame_reward=None) -> Step:
-        """Every environment begins an episode with `observation`."""
+    def reset(self, observation, **more) -> Step:
+        """Every environment begins an episode with `observation`. more: Step's optional columns."""
         self.is_last = np.ones_like(self.is_last)
         none = np.zeros(len(self.is_last), bool)
-        return self.step(observation, none, none, none, ram, frame_reward)
+        return self.step(observation, none, none, none, **more)
 
-    def step(self, observation, reward, terminated, is_last, ram=None, frame_reward=None) -> Step:
+    def step(self, observation, reward, terminated, is_last, **more) -> Step:
         """The Step after an action. Where the row before was a last one, `observation` is that of a reset and the rest is dropped."""
         is_first = self.is_last
         reward = np.where(is_first, 0.0, reward)
@@ -67,8 +68,7 @@ class Episodes:
             is_last=self.is_last.copy(),
             score=self.score.copy(),
             length=self.length.copy(),
-            ram=ram,
-            frame_reward=frame_reward,
+            **more,
         )
 
 
@@ -95,12 +95,14 @@ class VectorEnv:
 
     num_envs: int
     num_actions: int | None  # None where actions are vectors, of action_shape
+    action_shape: tuple[int, ...] = ()
     observation_shape: tuple[int, ...]
     frame_shape: tuple[int, ...]
     frame_stack: int
     action_repeat: int
     _seed: int
     _episodes: Episodes
+    _bounds: tuple[np.ndarray, np.ndarray]  # where actions are vectors: float64 [A] each, that -1 and 1 stand for; infinite: taken as it is
     _state = "new"  # new -> ready <-> sent; closed
 
     def reset(self, seed: int | None = None) -> Step:
@@ -124,7 +126,7 @@ class VectorEnv:
     def send(self, actions: np.ndarray) -> None:
         """Hand in one action per environment and return at once; they run until `recv`.
 
-        actions: integers [N] in 0..num_actions-1, or floating [N, *action_shape]; ignored where the episode has just closed.
+        actions: integers [N] in 0..num_actions-1, or floating [N, *action_shape] in -1..1; ignored where the episode has just closed.
         Raises ValueError (shape, range), TypeError (dtype), RuntimeError (not after `reset` or `recv`).
         """
         if self._state != "ready":
@@ -159,15 +161,31 @@ class VectorEnv:
         self.close()
 
     def _checked(self, actions: np.ndarray) -> np.ndarray:
-        """Discrete actions; an environment with others replaces this."""
-        if actions.shape != (self.num_envs,):
-            raise ValueError(f"actions: must have shape ({self.num_envs},), one for each environment, got {actions.shape}")
-        if actions.dtype.kind not in "iu":
-            raise TypeError(f"actions: must be integers, got {actions.dtype}")
+        """The actions, int64 [N], or float64 [N, A] within `_bounds`."""
+        vectors = self.num_actions is None
+        shape = (self.num_envs, *self.action_shape) if vectors else (self.num_envs,)
+        if actions.shape != shape:
+            raise ValueError(f"actions: must have shape {shape}, one {'row ' * vectors}for each environment, got {actions.shape}")
+        if actions.dtype.kind not in ("f" if vectors else "iu"):
+            raise TypeError(f"actions: must be {'floating' if vectors else 'integers'}, got {actions.dtype}")
+        return self._stretched(actions) if vectors else self._numbered(actions)
+
+    def _numbered(self, actions: np.ndarray) -> np.ndarray:
         actions = np.where(self._episodes.is_last, 0, actions).astype(np.int64)
         if actions.min() < 0 or actions.max() >= self.num_actions:
             raise ValueError(f"actions: must lie in 0..{self.num_actions - 1}, got {actions.min()}..{actions.max()}")
         return actions
+
+    def _stretched(self, actions: np.ndarray) -> np.ndarray:
+        low, high = self._bounds
+        bounded = np.isfinite(low) & np.isfinite(high)
+        actions = np.where(self._episodes.is_last[:, None], 0.0, actions.astype(np.float64))
+        inside = np.where(bounded, np.abs(actions) <= 1 + 1e-6, np.isfinite(actions))  # 1e-6: what tanh and noise may round to
+        if not inside.all():
+            raise ValueError(f"actions: must lie in -1..1, got {actions[~inside][0]}")
+        with np.errstate(invalid="ignore"):  # infinite bounds, whose result is not taken
+            stretched = np.clip(low + (actions + 1) / 2 * (high - low), low, high)
+        return np.where(bounded, stretched, actions)
 
 
 def stream_seeds(seed: int, num_envs: int) -> np.ndarray:

@@ -14,24 +14,16 @@ only raises `terminated` (and only with life_loss_terminal), and the game goes o
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
-import mmap
 import os
 import re
-import signal
-import subprocess
-import sys
-import weakref
-from multiprocessing import Pipe
-from multiprocessing.connection import Connection
 from typing import Literal
 
 import numpy as np
 
 from urlfast.envs import Episodes, FrameStack, Step, VectorEnv, stream_seeds
-from urlfast.envs.atari_worker import shared_arrays
+from urlfast.envs.workers import WorkerEnv
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,9 +156,6 @@ class _Atari(VectorEnv):
         """Whether the action now under way is the last that the time limit allows."""
         return self._episodes.length + 1 >= self.config.max_frames // self.config.frame_skip
 
-    def _workers(self) -> int:
-        return min(self.config.workers or len(os.sched_getaffinity(0)), self.num_envs)
-
 
 # ale-py's vector environment -----------------------------------------------------------------------------------------------------
 
@@ -188,7 +177,7 @@ class AtariVector(_Atari):
         self._env = AtariVectorEnv(
             rom_id(config.game),
             config.num_envs,
-            num_threads=self._workers(),
+            num_threads=min(config.workers or len(os.sched_getaffinity(0)), self.num_envs),
             max_num_frames_per_episode=2**30,
             repeat_action_probability=config.sticky,
             full_action_space=config.full_action_set,
@@ -239,7 +228,7 @@ class AtariState:
     row: dict[str, np.ndarray]
 
 
-class AtariProcesses(_Atari):
+class AtariProcesses(WorkerEnv, _Atari):
     """ALEInterface in `workers` processes, each with its share of the environments; they exchange arrays by shared memory.
 
     Beside what the vector backend shows, each Step has `ram`, and `frame_reward` with the score change of each of its frames. The processes
@@ -247,31 +236,34 @@ class AtariProcesses(_Atari):
     by `kill -9`. Ctrl-C does not reach them. A worker that dies or fails is a RuntimeError that says which, and closes the environment.
     """
 
+    _kind = "Atari"
+    _worker = "urlfast.envs.atari_worker"
+
     def __init__(self, config: AtariConfig, seed: int = 0):
         super().__init__(config, seed)
         emulator = dict(rom=_rom_path(config.game), full_action_set=config.full_action_set)
         emulator |= {name: getattr(config, name) for name in ("frame_skip", "frame_size", "noop_max", "sticky")}
-        _, size = shared_arrays(None, self.num_envs, config.frame_size, config.frame_skip)
-        memory_fd = os.memfd_create("urlfast-atari")
-        os.ftruncate(memory_fd, size)
-        self._shared, _ = shared_arrays(mmap.mmap(memory_fd, size), self.num_envs, config.frame_size, config.frame_skip)
-        self._pool = []
-        self._stop = weakref.finalize(self, _stop_workers, self._pool, os.getpid())
-        try:
-            for share in np.array_split(np.arange(self.num_envs), self._workers()):
-                self._pool.append(_start_worker(range(share[0], share[-1] + 1), memory_fd))
-                self._ask(self._pool[-1], ("make", int(share[0]), len(share), self.num_envs, emulator))
-        finally:
-            os.close(memory_fd)
-        self.num_actions, *_ = [self._answer(worker) for worker in self._pool]
-        self._stack = FrameStack(self.num_envs, self.frame_stack, self.frame_shape, np.uint8)
+        n = self.num_envs
+        self._start(config.workers)
+        self._share(
+            dict(
+                action=((n,), np.int64),
+                reset=((n,), np.bool_),  # to the worker: the row before was a last one
+                frame=((n, *self.frame_shape), np.uint8),
+                frame_reward=((n, config.frame_skip), np.float32),
+                over=((n,), np.bool_),
+                lives=((n,), np.int64),
+                ram=((n, 128), np.uint8),
+            )
+        )
+        self.num_actions, *_ = self._all("make", emulator)
+        self._stack = FrameStack(n, self.frame_stack, self.frame_shape, np.uint8)
 
     def clone_state(self, i: int) -> AtariState:
         """Environment `i` as it is after `reset` or `recv`, for `restore_state` here or in another object of the same config."""
-        worker = self._idle_worker_of(i)
-        self._ask(worker, ("clone", i))
-        row = {name: column[i].copy() for name, column in vars(self._step).items()}
-        return AtariState(self.config, self._answer(worker), self._stack.stack[i].copy(), int(self._lives[i]), row)
+        emulator = self._ask_about(i, "clone")
+        row = {name: column[i].copy() for name, column in vars(self._step).items() if column is not None}
+        return AtariState(self.config, emulator, self._stack.stack[i].copy(), int(self._lives[i]), row)
 
     def restore_state(self, i: int, state: AtariState) -> Step:
         """Put environment `i` back to `state`; it goes on from there as it did then, random numbers included.
@@ -279,15 +271,13 @@ class AtariProcesses(_Atari):
         Returns the current Step with row i as it was. `render` shows the restored screen after the next step only.
         Raises ValueError where the state is another game's, or was played with other settings.
         """
-        worker = self._idle_worker_of(i)
         mine, other = (dataclasses.replace(c, num_envs=1, workers=0, game=rom_id(c.game)) for c in (self.config, state.config))
         if mine != other:
             raise ValueError(f"state: must come from {mine}, got one from {other}")
-        self._ask(worker, ("restore", i, state.emulator))
-        self._answer(worker)
+        self._ask_about(i, "restore", state.emulator)
         self._stack.stack[i] = state.stack
         self._lives[i] = state.lives
-        self._step = dataclasses.replace(self._step, **{name: column.copy() for name, column in vars(self._step).items()})
+        self._step = dataclasses.replace(self._step, **{name: getattr(self._step, name).copy() for name in state.row})
         for name, value in state.row.items():
             getattr(self._step, name)[i] = value
         for name in ("is_last", "score", "length"):
@@ -296,13 +286,11 @@ class AtariProcesses(_Atari):
 
     def render(self, i: int = 0) -> np.ndarray:
         """The screen of environment `i` in colour: uint8 [210, 160, 3] (a few games have up to 250 lines)."""
-        worker = self._idle_worker_of(i)
-        self._ask(worker, ("screen", i))
-        return self._answer(worker)
+        return self._ask_about(i, "render")
 
     def _reset(self, seed):
         seeds = None if seed is None else stream_seeds(seed, self.num_envs)
-        self._all(("reset", seeds))
+        self._all("reset", seeds)
         self._step = self._first(self._stack.push(self._shared["frame"], np.ones(self.num_envs, bool)), **self._shown())
         return self._step
 
@@ -310,7 +298,7 @@ class AtariProcesses(_Atari):
         self._shared["action"][:] = actions
         self._shared["reset"][:] = self._episodes.is_last
         for worker in self._pool:
-            self._ask(worker, ("step",))
+            self._ask(worker, "step")
 
     def _recv(self):
         for worker in self._pool:
@@ -322,86 +310,6 @@ class AtariProcesses(_Atari):
 
     def _shown(self):
         return {name: self._shared[name].copy() for name in ("lives", "ram", "frame_reward")}
-
-    def _all(self, request):
-        for worker in self._pool:
-            self._ask(worker, request)
-        for worker in self._pool:
-            self._answer(worker)
-
-    def _idle_worker_of(self, i: int) -> _Process:
-        if self._state != "ready":
-            raise RuntimeError("clone_state, restore_state, render: only after reset or recv")
-        if not 0 <= i < self.num_envs:
-            raise ValueError(f"i: must lie in 0..{self.num_envs - 1}, got {i}")
-        return next(worker for worker in self._pool if i in worker.environments)
-
-    def _ask(self, worker: _Process, request) -> None:
-        try:
-            worker.pipe.send(request)
-        except ConnectionError:
-            self._fail(worker)
-
-    def _answer(self, worker: _Process):
-        try:
-            good, answer = worker.pipe.recv()
-        except (EOFError, ConnectionError):
-            self._fail(worker)
-        if not good:
-            self._fail(worker, answer)
-        return answer
-
-    def _fail(self, worker: _Process, report: str | None = None):
-        code = None if report else worker.process.wait(timeout=10)
-        self.close()
-        who = f"the Atari process of environments {worker.environments.start}..{worker.environments.stop - 1}"
-        if report:
-            raise RuntimeError(f"{who} failed:\n{report}")
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
-        raise RuntimeError(f"{who} {how}")
-
-    def _close(self):
-        self._stop()
-
-
-@dataclasses.dataclass
-class _Process:
-    process: subprocess.Popen
-    pipe: Connection
-    environments: range
-
-
-def _start_worker(environments: range, memory_fd: int) -> _Process:
-    """A fresh interpreter, not multiprocessing's spawn, which would import the caller's main module (and so torch) into each."""
-    ours, theirs = Pipe()
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
-        "OPENBLAS_NUM_THREADS": "1",  # the processes are the parallelism
-    }
-    process = subprocess.Popen(
-        [sys.executable, "-P", "-m", "urlfast.envs.atari_worker", str(theirs.fileno()), str(memory_fd)],
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        pass_fds=(theirs.fileno(), memory_fd),
-        process_group=0,  # a Ctrl-C in the terminal is the parent's to handle
-    )
-    theirs.close()
-    return _Process(process, ours, environments)
-
-
-def _stop_workers(pool: list[_Process], owner: int) -> None:
-    if os.getpid() != owner:  # a fork's copy of the object does not own the processes
-        return
-    for worker in pool:
-        with contextlib.suppress(OSError):  # it has died before
-            worker.pipe.send(("close",))
-        worker.pipe.close()
-    for worker in pool:
-        try:
-            worker.process.wait(timeout=5)
-        except subprocess.TimeoutExpired:
-            worker.process.kill()
-            worker.process.wait()
 
 
 _BACKENDS = {"vector": AtariVector, "processes": AtariProcesses}

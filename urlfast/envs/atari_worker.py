@@ -1,36 +1,15 @@
 """The process behind Atari's backend "processes": `python -m urlfast.envs.atari_worker`, started by urlfast.envs.atari alone.
 
-It holds a few games, talks by a pipe and shares arrays with its parent. It ends when told to, or when the parent died and broke the pipe.
+It holds a few games; urlfast.envs.workers says how it talks with its parent.
 """
 
 from __future__ import annotations
 
-import mmap
 import pickle
-import sys
-import traceback
-from multiprocessing.connection import Connection
 
 import numpy as np
 
-
-def shared_arrays(memory, num_envs: int, frame_size: int, frame_skip: int) -> tuple[dict[str, np.ndarray], int]:
-    """What parent and workers share, as views of `memory` (None: only count), and its bytes. Every worker touches its own rows only."""
-    columns = dict(
-        action=((num_envs,), np.int64),
-        reset=((num_envs,), np.bool_),  # to the worker: the row before was a last one
-        frame=((num_envs, 1, frame_size, frame_size), np.uint8),
-        frame_reward=((num_envs, frame_skip), np.float32),
-        over=((num_envs,), np.bool_),
-        lives=((num_envs,), np.int64),
-        ram=((num_envs, 128), np.uint8),
-    )
-    arrays, offset = {}, 0
-    for name, (shape, dtype) in columns.items():
-        if memory is not None:
-            arrays[name] = np.frombuffer(memory, dtype, int(np.prod(shape)), offset).reshape(shape)
-        offset += -(-int(np.prod(shape)) * np.dtype(dtype).itemsize // 64) * 64  # no two columns in one cache line
-    return arrays, offset
+from urlfast.envs import workers
 
 
 def area_weights(size: int, source: int) -> np.ndarray:
@@ -121,17 +100,11 @@ class Emulator:
         self.screens[:] = screens
 
 
-class Worker:
-    """`count` environments of the parent, from number `first` on; one method for each thing that it can ask."""
-
-    def __init__(self, memory_fd: int):
-        self.memory = mmap.mmap(memory_fd, 0)
-
-    def make(self, first: int, count: int, num_envs: int, emulator: dict) -> int:
+class Worker(workers.Worker):
+    def make(self, emulator: dict) -> int:
         """The number of actions."""
-        self.shared, _ = shared_arrays(self.memory, num_envs, emulator["frame_size"], emulator["frame_skip"])
-        self.games = {first + i: Emulator(**emulator) for i in range(count)}
-        return len(self.games[first].actions)
+        self.games = {i: Emulator(**emulator) for i in self.environments}
+        return len(self.games[self.environments[0]].actions)
 
     def reset(self, seeds):
         for i, game in self.games.items():
@@ -153,7 +126,7 @@ class Worker:
     def restore(self, i, state):
         self.games[i].restore(state)
 
-    def screen(self, i):
+    def render(self, i):
         return self.games[i].ale.getScreenRGB()
 
     def _show(self, i, rewards):
@@ -166,20 +139,5 @@ class Worker:
         game.ale.getRAM(self.shared["ram"][i])
 
 
-def main(pipe: Connection, memory_fd: int) -> None:
-    """Answer each (method, *arguments) with (True, result) or (False, traceback), until told to close."""
-    worker = Worker(memory_fd)
-    try:
-        while (request := pipe.recv())[0] != "close":
-            method, *arguments = request
-            try:
-                answer = (True, getattr(worker, method)(*arguments))
-            except Exception:
-                answer = (False, traceback.format_exc())
-            pipe.send(answer)
-    except (EOFError, ConnectionError):  # the parent is gone
-        return
-
-
 if __name__ == "__main__":
-    main(Connection(int(sys.argv[1])), int(sys.argv[2]))
+    workers.serve(Worker)
