@@ -32,7 +32,7 @@ constexpr uint64_t kPhiloxStream = uint64_t('R') << 56;
 
 const ReplayKernels& kernels() {
 #ifdef URLFAST_X86
-  static const ReplayKernels& chosen = chosen_isa() == Isa::avx512 ? avx512::replay_kernels
+  static const ReplayKernels& chosen = chosen_isa() >= Isa::avx512 ? avx512::replay_kernels
                                        : chosen_isa() == Isa::avx2 ? avx2::replay_kernels
                                                                    : baseline::replay_kernels;
   return chosen;
