@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from urlfast.nets.encoders import Encoder, EncoderConfig, copy_buffers
-from urlfast.nets.heads import DuelingQ, Projection, dueling
+from urlfast.nets.heads import MLP, Actor, Dense, DuelingQ, Projection, Trunk, Twin, TwinQ, dueling
 
 APT = EncoderConfig(activation="elu", features=15, spectral_norm=True)
 
@@ -96,3 +96,66 @@ def test_dueling_q_is_two_separate_streams():
     torch.testing.assert_close(q(features), value + advantage - advantage.mean(1, keepdim=True))
     with torch.autocast("cpu", torch.bfloat16):
         assert q(features).dtype == torch.float32
+
+
+def reference_mlp(mlp, x):
+    for layer in list(mlp)[:-1]:
+        x = torch.relu(x) if isinstance(layer, torch.nn.ReLU) else x @ layer.weight.T + layer.bias
+    return x @ mlp[-1].weight.T + mlp[-1].bias
+
+
+def reference_trunk(trunk, x):
+    h = x @ trunk.linear.weight.T + trunk.linear.bias
+    h = (h - h.mean(1, keepdim=True)) / (h.var(1, keepdim=True, unbiased=False) + 1e-5).sqrt()
+    return torch.tanh(h * trunk.norm.weight + trunk.norm.bias)
+
+
+@pytest.mark.parametrize("layers, trunk", [(1, 7), (2, 5), (2, 0)])
+def test_actor_and_twin_critic_against_their_formulas(layers, trunk):
+    torch.manual_seed(0)
+    s, a = torch.randn(4, 6), torch.randn(4, 2)
+    actor = Actor(6, 3, 8, layers, trunk)
+    h = reference_trunk(actor.trunk, s) if trunk else s
+    torch.testing.assert_close(actor(s), reference_mlp(actor.mlp, h))
+
+    behind = TwinQ(6, 2, 8, layers, trunk)
+    h = torch.cat([reference_trunk(behind.trunk, s) if trunk else s, a], 1)
+    q = torch.stack([reference_mlp(behind.first, h), reference_mlp(behind.second, h)]).squeeze(-1)
+    assert q.shape == (2, 4)
+    torch.testing.assert_close(behind(s, a), q)
+
+    if trunk:
+        within = Twin(6, 2, 8, layers, trunk, action_in_trunk=True, outputs=5)
+        h = reference_trunk(within.trunk, torch.cat([s, a], 1))
+        psi = torch.stack([reference_mlp(within.first, h), reference_mlp(within.second, h)])
+        assert psi.shape == (2, 4, 5)
+        torch.testing.assert_close(within(s, a), psi)
+
+
+def test_the_two_critics_begin_apart_every_matrix_orthogonal_every_bias_zero():
+    torch.manual_seed(0)
+    q = TwinQ(6, 2, 16, 2, 8)
+    assert not torch.equal(q.first[0].weight, q.second[0].weight)
+    for layer in [module for module in q.modules() if isinstance(module, Dense)]:
+        w = layer.weight.detach()
+        gram = w @ w.T if len(w) <= w.shape[1] else w.T @ w
+        torch.testing.assert_close(gram, torch.eye(len(gram)), atol=1e-5, rtol=0)
+        assert not layer.bias.any()
+    assert [type(layer).__name__ for layer in MLP(3, 4, 2, 1)] == ["Dense", "ReLU", "Dense", "ReLU", "Dense"]
+
+
+def test_an_action_cannot_enter_a_trunk_that_is_not_there():
+    with pytest.raises(ValueError, match="action_in_trunk"):
+        TwinQ(6, 2, 8, 1, action_in_trunk=True)
+
+
+def test_layers_with_few_weights_stay_in_float32_under_autocast():
+    """Those that read observations and those whose outputs are actions or values."""
+    torch.manual_seed(0)
+    narrow, wide = Dense(30, 1024), Dense(1024, 1024)
+    x = torch.randn(4, 30)
+    with torch.autocast("cpu", torch.bfloat16):
+        h = narrow(x)
+        assert h.dtype == torch.float32 and wide(h).dtype == torch.bfloat16
+        assert Trunk(30, 1024)(x).dtype == MLP(1024, 1024, 1, 2)(h).dtype == torch.float32
+    assert torch.equal(h, narrow(x))
