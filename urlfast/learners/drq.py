@@ -84,6 +84,10 @@ class DrQ:
     def uniform(self, n: int) -> Tensor:
         return torch.randint(self.num_actions, (n,), generator=self.generator)  # 0 .. A-1: the last action too
 
+    def prepare(self, steps: int) -> bool:
+        """Every update is whole, and none depends on the steps."""
+        return True
+
     def update(self, batch: Batch, reward: Tensor, online: Sequence[Tensor], target: Pairs) -> tuple[dict[str, Tensor], Tensor]:
         """One gradient step on `reward` (B,): the task's, or a method's. Its gradient stays on `online`, for whoever encoded it."""
         with torch.no_grad(), self.arithmetic.autocast():
