@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 
 import numpy as np
 
@@ -17,9 +18,10 @@ WINDOWS = {"n_step": 3, "gamma": 0.9, "frame_stack": 4}
 SEQUENCES = {"sequence_length": 24, "stride": 5, "frame_stack": 4}
 
 
-def add_beside_sample(mode, seconds, n=3, episode=50):
+def add_beside_sample(mode, seconds, least=1, n=3, episode=50):
     """Every frame carries its own row number; the ring is small, so that the adder keeps overtaking the sampler.
 
+    Ends after `seconds` and `least` batches, however busy the machine is, but waits no more than another minute for those.
     Returns (batches checked, rows added).
     """
     fields = {"observation": Field((1, 32, 32), "int32"), "id": Field((), "int64")}
@@ -47,7 +49,7 @@ def add_beside_sample(mode, seconds, n=3, episode=50):
         while not replay.sampleable and not failures:
             time.sleep(0.001)
         end, batches = time.monotonic() + seconds, 0
-        while time.monotonic() < end and not failures:
+        while ((now := time.monotonic()) < end or batches < least) and now < end + 60 and not failures:
             batch = replay.sample(64)
             start, s = batch.indices // n, batch.indices % n
             if "n_step" in mode:
@@ -139,6 +141,11 @@ def _rows_of(folder):
         return json.load(file)["segments"][-1]["end"][0]
 
 
+def _unfinished(folder):
+    """The files of saves that were not finished, by name and time: .manifest.json is always called that."""
+    return {(entry.name, entry.stat().st_mtime_ns) for entry in os.scandir(folder) if entry.name.startswith(".")}
+
+
 def kill_in_saves(folder, kills, seed=0, longest=0.03):
     """Kills a process that does little but save, again and again; each time the last save that was finished must be whole.
 
@@ -147,12 +154,15 @@ def kill_in_saves(folder, kills, seed=0, longest=0.03):
     rng, unfinished, reported = np.random.default_rng(seed), 0, 0
     folder = os.fspath(folder)
     for kill in range(kills):
+        before = _unfinished(folder)  # what earlier kills left
         hear, tell = os.pipe()
         child = os.fork()
         if child == 0:
             try:
                 os.close(hear)
                 _save_until_killed(folder, tell)
+            except BaseException:
+                traceback.print_exc()
             finally:
                 os._exit(1)
         os.close(tell)
@@ -176,7 +186,7 @@ def kill_in_saves(folder, kills, seed=0, longest=0.03):
             np.testing.assert_array_equal(array, np.broadcast_to(row[:, None, None, None], array.shape))
         needed = {"manifest.json", *(s["file"] for s in loaded._saved.segments)}
         states = [name for name in os.listdir(folder) if name.startswith("state-")]
-        unfinished += any(name not in needed and not name.startswith(("state-", "rows-")) for name in os.listdir(folder))
+        unfinished += bool(_unfinished(folder) - before)
         if rng.random() < 0.5:
             SequenceReplay.prune(folder)
             left = set(os.listdir(folder)) - needed

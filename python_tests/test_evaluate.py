@@ -1,6 +1,7 @@
 """Evaluation: whose episodes count, what is covered, and what is written, on a world whose scores are known."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,12 +11,17 @@ import toy_run
 from urlfast import evaluate
 from urlfast.envs import Episodes
 from urlfast.evaluate import EvaluateConfig, count_at, fingerprints, play, thinned, uniform
-from urlfast.run import UserError
+from urlfast.run import Run, UserError
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def finished(tmp_path_factory):
     return toy_run.new(tmp_path_factory.mktemp("runs"), "--steps", "80")
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    return Run(shutil.copytree(finished.folder, tmp_path / finished.name))
 
 
 class Lengths:
@@ -131,14 +137,18 @@ def test_an_evaluation_by_the_same_protocol_is_replaced_and_others_are_kept(run)
         assert [entry["policy"] for entry in entries] == ["agent", "random"] * (len(entries) // 2)
         return [(entry["step"], entry["protocol"]["seed"], entry["protocol"]["num_envs"]) for entry in entries[::2]]
 
-    before = found()
     for checkpoint, seed in (("40", 3), ("latest", 4), ("latest", 5), ("latest", 4)):
         options = EvaluateConfig((run.folder.as_posix(),), episodes=2, num_envs=2, checkpoint=checkpoint, seed=seed, video=False)
         evaluate.evaluate(options)
-    assert found() == [*before, (40, 3, 2), (80, 5, 2), (80, 4, 2)]
+    assert found() == [(40, 3, 2), (80, 5, 2), (80, 4, 2)]
 
 
 def test_several_runs_are_evaluated_in_turn_and_none_is_refused(run):
+    other = shutil.copytree(run.folder, run.folder.with_name("other"))
+    evaluate.evaluate(EvaluateConfig((run.folder.as_posix(), other.as_posix()), episodes=2, epsilon=0.0, video=False))
+    for folder in (run.folder, other):
+        agent, random = json.loads((folder / "results.json").read_text())["evaluations"]
+        assert (agent["policy"], agent["returns"], random["policy"]) == ("agent", [15.0, 15.0], "random")
     with pytest.raises(UserError, match="no run 'absent'"):
         evaluate.evaluate(EvaluateConfig((run.folder.as_posix(), "absent")))
     with pytest.raises(UserError, match="name at least one run"):
@@ -166,6 +176,16 @@ def test_epsilon_is_the_share_of_random_actions():
 def test_an_unknown_checkpoint_lists_those_there_are(run):
     with pytest.raises(UserError, match="none of step 41, did you mean '40'"):
         evaluate.evaluate(EvaluateConfig((run.folder.as_posix(),), checkpoint="41"))
+
+
+def test_results_that_lead_elsewhere_are_neither_read_nor_followed(run, tmp_path):
+    evaluate.evaluate(EvaluateConfig((str(run.folder),), episodes=2, video=False))
+    path, elsewhere = run.folder / "results.json", tmp_path / "results.json"
+    path.symlink_to(path.rename(elsewhere))
+    before = elsewhere.read_bytes()
+    evaluate.evaluate(EvaluateConfig((str(run.folder),), episodes=2, seed=9, video=False))
+    assert not path.is_symlink() and elsewhere.read_bytes() == before
+    assert {entry["protocol"]["seed"] for entry in json.loads(path.read_text())["evaluations"]} == {9}
 
 
 def test_results_that_are_damaged_are_written_anew_and_strangers_entries_left_out(run):

@@ -86,6 +86,13 @@ def test_a_run_whose_folders_lead_elsewhere_is_refused(run, tmp_path, name):
         Run.find(run.folder)
 
 
+def test_a_config_that_lies_elsewhere_is_not_read(run, tmp_path):
+    config = run.folder / "config.json"
+    config.symlink_to(config.rename(tmp_path / "config.json"))
+    with pytest.raises(UserError, match=r"config\.json"):
+        Run(run.folder).config  # noqa: B018
+
+
 def make_fifo(path):
     os.mkfifo(path)
 

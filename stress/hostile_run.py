@@ -4,7 +4,7 @@
 
 Every case damages a fresh copy of one small run and opens it in this process, under a limit of memory and of time. It passes where what was
 written is used, or the damaged file is refused by name and the checkpoint before it is used, or the command ends in one line: no traceback,
-no hang, nothing outside of the run's folder read or changed, nothing executed.
+no hang, nothing outside of the run's folder read or changed (what is read shows in its time of access), nothing executed.
 """
 
 import argparse
@@ -30,8 +30,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "python_tests"))
 
 import toy_run
+from forged import Call, sign
 
-from urlfast import checkpoint, evaluate, ops, report, train
+from urlfast import checkpoint, evaluate, report, train
 from urlfast.checkpoint import checkpoints, read_latest
 from urlfast.run import read_metrics
 
@@ -61,16 +62,14 @@ def executed(*_):
     raise Executed("a file was executed")
 
 
-class Payload:
-    def __reduce__(self):
-        return executed, ()
-
-
 # Ways to damage a file -----------------------------------------------------------------------------------------------
 
 
 def foreign(path: Path, kind: str, outside: Path) -> None:
-    """Something else where `path` was."""
+    """Something else where `path` was, or the way to it from elsewhere."""
+    if kind == "own link":  # all is right with it but where it lies
+        path.symlink_to(path.rename(outside / "own"))
+        return
     checkpoint._remove(path)
     if kind == "empty":
         path.write_bytes(b"")
@@ -96,7 +95,7 @@ def foreign(path: Path, kind: str, outside: Path) -> None:
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("a", b"b")
     elif kind == "pickle":
-        path.write_bytes(pickle.dumps(Payload()))
+        path.write_bytes(pickle.dumps(Call(executed, ())))
     elif kind == "png":
         path.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(1000))
     elif kind == "deep":
@@ -113,19 +112,7 @@ def foreign(path: Path, kind: str, outside: Path) -> None:
 
 
 FOREIGN = ["empty", "folder", "fifo", "socket", "loop", "nowhere", "zero", "link", "link to a folder", "zip", "pickle", "png", "deep",
-           "deep object", "torch", "bytes"]  # fmt: skip
-
-
-def sign(folder: Path) -> None:
-    """Gives a checkpoint the checksums of what its files are now, as a forger would."""
-    replay = json.loads((folder / "replay.json").read_text())
-    replay["crc32c"] = ops._manifest_crc(replay)
-    (folder / "replay.json").write_text(json.dumps(replay))
-    body = json.loads((folder / "manifest.json").read_text())
-    body.pop("sha256", None)
-    if isinstance(body.get("files"), dict):
-        body["files"] |= {name: checkpoint._digest(folder / name) for name in ("state.pt", "replay.json") if name in body["files"]}
-    (folder / "manifest.json").write_text(json.dumps({**body, "sha256": checkpoint._own_digest(body)}))
+           "deep object", "torch", "bytes", "own link"]  # fmt: skip
 
 
 def leaves(value, path=()):
@@ -168,7 +155,7 @@ def make_evaluation(folder: Path):
 COMMANDS = {"resume": resume, "report": make_report, "evaluate": make_evaluation}
 
 
-class TooLong(Exception):
+class TooLong(BaseException):  # whatever it interrupts, no handler of a command's takes it for an error of its own
     pass
 
 
@@ -214,9 +201,27 @@ class Cases:
         ):
             path.write_text(CANARY)
         self.before = self._outside()
+        (self.outside / "file").read_bytes()
+        if self._read(self.before) != [self.outside / "file"]:
+            sys.exit(f"{place}: must lie where the time of access is kept, and this file system is mounted without")
 
     def _outside(self):
-        return {str(path): path.read_bytes() if path.is_file() else None for path in sorted(self.outside.rglob("*"))}
+        """What lies there; from now on `_read` names what of it was read."""
+        content = {path: path.read_bytes() if path.is_file() else None for path in sorted(self.outside.rglob("*"))}
+        for path in content:
+            os.utime(path, ns=(0, path.stat().st_mtime_ns), follow_symlinks=False)
+        return content
+
+    def _read(self, content):
+        return [path for path in content if path.lstat().st_atime_ns]
+
+    def _tidy(self):
+        for path in self.outside.rglob("*"):
+            if path not in self.before:
+                checkpoint._remove(path)
+        for path, content in self.before.items():
+            if content is not None:
+                path.write_bytes(content)
 
     @contextlib.contextmanager
     def copy(self):
@@ -234,27 +239,26 @@ class Cases:
         try:
             with self.copy() as folder:
                 damage(folder)
+                before = self._outside()
                 says = check(folder)
                 self.seen[kind, says.replace(str(self.place), "")[:60] if says else ""] += 1
-            assert self._outside() == self.before, "something outside was changed"
+                assert not self._read(before), f"read outside of the run: {self._read(before)}"
+            assert self._outside() == before, "something outside was changed"
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt):
                 raise
             self.failures.append((kind, what))
             print(f"FAILED {kind}: {str(what)[:200]}\n{traceback.format_exc()[-1800:]}", flush=True)
-            for path in self.outside.rglob("*"):
-                if str(path) not in self.before:
-                    checkpoint._remove(path)
-            for path, content in self.before.items():
-                if content is not None:
-                    Path(path).write_bytes(content)
+        finally:
+            self._tidy()
 
 
 def read_back(folder: Path, path: Path, honest: dict) -> str:
-    """The checkpoint before the damaged one is used, and the damaged file named; or the damage says the same as what was written."""
+    """The checkpoint before the damaged one is used, and the damaged file named; only a manifest's white space may become another."""
     said = []
     found = read_latest(folder, replay=True, say=said.append)
     if found.step == honest["step"]:
+        assert path.name == "manifest.json" and not path.is_symlink() and json.loads(path.read_bytes()) == honest["manifest"]
         assert not said and found.segments == honest["segments"] and found.state.keys() == honest["state"].keys()
         return "the same"
     assert found.step == honest["before"] and len(said) == 1 and str(path) in said[0], (found.step, said)
@@ -276,6 +280,7 @@ def damaged(cases: Cases, chance: random.Random, rounds: int) -> None:
     newest, before, *_ = checkpoints(cases.run)
     honest = checkpoint.read(newest, replay=True)
     honest = {"step": honest.step, "segments": honest.segments, "state": honest.state, "before": checkpoint.step_of(before)}
+    honest["manifest"] = json.loads((newest / "manifest.json").read_bytes())
     with cases.copy() as folder:  # one copy for all: only a file changes
         for name, path in victims(folder).items():
             data = path.read_bytes()
@@ -324,6 +329,8 @@ def foreign_files(cases: Cases) -> None:
     names += [f"checkpoints/.refused-step-{name}" for name in ("x", "000000001")]
     for name in sorted(set(names)):
         for kind in FOREIGN:
+            if kind == "own link" and not (cases.run / name).exists():
+                continue
             for command in COMMANDS:
 
                 def damage(folder, name=name, kind=kind):
@@ -376,18 +383,11 @@ def forged_states(cases: Cases, chance: random.Random, rounds: int) -> None:
         command = chance.choice(list(COMMANDS))
         cases.case(f"forged state, {command}", (at, repr(new)[:60]), damage, lambda folder, command=command: run_command(command, folder))
 
-    class Reduce:
-        def __init__(self, *parts):
-            self.parts = parts
-
-        def __reduce__(self):
-            return self.parts
-
     for name, payload in {
-        "a function": Payload(),
-        "a huge bytearray": Reduce(bytearray, (10**12,)),
-        "a huge tensor": Reduce(torch.Tensor, (10**12,)),
-        "a system call": Reduce(os.system, (f"touch {cases.outside}/executed",)),
+        "a function": Call(executed, ()),
+        "a huge bytearray": Call(bytearray, (10**12,)),
+        "a huge tensor": Call(torch.Tensor, (10**12,)),
+        "a system call": Call(os.system, (f"touch {cases.outside}/executed",)),
     }.items():
         for entry in ("more", "method", "rng"):
 

@@ -19,6 +19,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 
 import torch
@@ -68,6 +69,8 @@ def begin(argv: list[str]) -> int:
         train.main(argv)
     except SystemExit as exit:
         status = exit.code or 0
+    except BaseException:
+        traceback.print_exc()
     finally:
         sys.stderr.flush()
         os._exit(status)
