@@ -33,8 +33,8 @@ def to_numpy(array):
 
 
 def rerun_under(isa, *files):
-    """Run test files in a process whose kernels are those of `isa`; fails with its output."""
+    """Run test files, but for what they say of wrong arguments, in a process whose kernels are those of `isa`; fails with its output."""
     env = {**os.environ, "URLFAST_ISA": isa}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *map(str, files)]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not arguments and not slow", *map(str, files)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, f"under URLFAST_ISA={isa}:\n{done.stdout[-5000:]}{done.stderr[-2000:]}"

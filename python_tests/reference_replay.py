@@ -1,8 +1,62 @@
-"""A replay as the definitions read: every row ever added is kept in lists, and every question walks over them."""
+"""A replay as the definitions read: every row ever added is kept in lists, and every question walks over them.
+
+Beside it what a replay is tried with: its settings, and the rows of several environments.
+"""
 
 import numpy as np
 
+from urlfast import Field
+
 FLAGS = ("terminated", "is_first", "is_last")
+
+
+def replay_settings(pick, observations, n_steps=range(1, 7), lengths=range(2, 7), exponents=(0.5, 1.0), importance=(0.6,)):
+    """(capacity, fields, options) of a small replay, with a ring of a few rows to spare. pick: takes one of a sequence."""
+    options = {"num_streams": pick(range(1, 4)), "frame_stack": pick([None, 1, 2, 4])}
+    fields = {"observation": pick(observations), "action": Field((), "int64")}
+    if pick([True, False]):
+        window = options["n_step"] = pick(n_steps)
+        options["gamma"] = pick([0.0, 0.9, 1.0])
+    else:
+        options["burn_in"] = pick(range(4))
+        window = options["sequence_length"] = options["burn_in"] + pick(lengths)
+        options["stride"] = pick(range(1, 10))
+        options["cross_episodes"] = pick([True, False])
+        if options["cross_episodes"]:
+            options["frame_stack"] = None
+        if options["stride"] > 1:
+            fields["state"] = Field((2, 3), "float32", every=options["stride"])
+    if pick([True, False]):
+        options.update(priority_exponent=pick(exponents), importance_exponent=pick(importance), eta=pick([0.9, 0.0]))
+    rows = window + (options["frame_stack"] or 1) + pick(range(13))
+    return rows * options["num_streams"] + pick(range(options["num_streams"])), fields, options
+
+
+def replay_rows(rng, fields, closed, streams, *, ends=0.12, cuts=0.04, lives=0.1, priority=False):
+    """A random row of each of `streams`, in their order: ends, time limits, lost lives, and cuts where a run was resumed.
+
+    closed: (streams of the replay,) bool, true where an episode has to begin; what these rows leave behind is written to it.
+    priority: give some of the rows one, half of the times.
+    """
+    n, rows = len(streams), {}
+    for name, f in fields.items():
+        rows[name] = rng.integers(0, 2 if f.dtype == "bool" else 250, (n, *f.shape)).astype(f.dtype)
+    rows["reward"] = rng.normal(size=n).astype(np.float32)
+    rows["terminated"] = rng.random(n) < lives
+    first, last = np.zeros(n, bool), rng.random(n) < ends
+    for i, s in enumerate(streams):
+        first[i] = closed[s] or rng.random() < cuts
+        closed[s] = last[i]
+    rows["is_first"], rows["is_last"] = first, last
+    if priority and rng.random() < 0.5:
+        rows["priority"] = np.where(rng.random(n) < 0.5, np.nan, rng.random(n) * 3).astype(np.float32)
+    return rows
+
+
+def opening_rows(n, observation):
+    """Rows of zeros that open an episode in each of n streams. observation: its uint8 shape."""
+    flags = {"terminated": np.zeros(n, bool), "is_first": np.ones(n, bool), "is_last": np.zeros(n, bool)}
+    return {"observation": np.zeros((n, *observation), np.uint8), "reward": np.zeros(n, np.float32), **flags}
 
 
 def philox(seed, stream, position):

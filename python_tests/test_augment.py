@@ -1,10 +1,9 @@
 import numpy as np
 import pytest
 import torch
+from conftest import DEVICES
 
 from urlfast.augment import Augment, AugmentConfig, color_jitter, intensity_factors, random_shift, to_float
-
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
 
 
 def generator(seed, device="cpu"):

@@ -127,12 +127,14 @@ ERRORS = [
 ]  # fmt: skip
 
 
+@pytest.mark.arguments
 @pytest.mark.parametrize("kind, message, call", ERRORS, ids=[f"{i}" for i in range(len(ERRORS))])
 def test_errors_name_the_array(kind, message, call):
     with pytest.raises(kind, match=message):
         call()
 
 
+@pytest.mark.arguments
 def test_an_error_leaves_every_target_as_it_was():
     targets = [np.zeros(3), np.zeros(3)]
     with pytest.raises(ValueError, match=r"sources\[1\]"):
@@ -140,6 +142,7 @@ def test_an_error_leaves_every_target_as_it_was():
     assert not targets[0].any()
 
 
+@pytest.mark.arguments
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 def test_devices_must_agree():
     with pytest.raises(ValueError, match=r"sources\[0\]: must lie on cpu as targets\[0\] does, got cuda:0"):

@@ -286,6 +286,7 @@ def test_a_refused_batch_leaves_the_statistic_alone():
     assert normalizer.state_dict()["count"] == 0
 
 
+@pytest.mark.arguments
 def test_the_normalizer_is_checked():
     with pytest.raises(TypeError, match=r"^normalizer: must be a RunningNormalizer, got float$"):
         urlfast.knn_reward(Z, 2, normalizer=1.0)
@@ -414,6 +415,7 @@ Z = np.random.default_rng(6).normal(size=(4, 3)).astype(np.float32)
 ZZ = np.zeros((2, 4, 3), np.float32)
 
 
+@pytest.mark.arguments
 @pytest.mark.parametrize(
     "arguments, options, message",
     [
@@ -446,6 +448,7 @@ def test_values_are_refused_by_name(arguments, options, message):
         urlfast.knn_reward(*arguments, **options)
 
 
+@pytest.mark.arguments
 @pytest.mark.parametrize(
     "arguments, options, message",
     [
@@ -462,6 +465,7 @@ def test_types_are_refused_by_name(arguments, options, message):
         urlfast.knn_reward(*arguments, **options)
 
 
+@pytest.mark.arguments
 def test_knn_names_its_own_arguments():
     with pytest.raises(ValueError, match=r"^keys: must have 3 features as queries has, got \(4, 2\)$"):
         urlfast.knn(Z, Z[:, :2].copy(), 2)
@@ -490,6 +494,7 @@ def test_nan_and_infinity_are_refused_on_the_cpu(bad, dtype):
         assert np.isfinite(urlfast.knn_reward(z[None], 1, broken[None], lengths=[599])).all()
 
 
+@pytest.mark.arguments
 @pytest.mark.skipif(_core.build_info()["cuda_usable"], reason="there is a GPU")
 def test_cuda_without_a_gpu_is_one_clear_error():
     class Elsewhere:

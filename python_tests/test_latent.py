@@ -222,6 +222,7 @@ ERRORS = [
 ]
 
 
+@pytest.mark.arguments
 @pytest.mark.parametrize("kind, message, call", ERRORS, ids=[f"{i}-{m.split(':')[0]}" for i, (_, m, _) in enumerate(ERRORS)])
 def test_errors_name_the_argument(kind, message, call):
     with pytest.raises(kind, match=message):

@@ -282,12 +282,14 @@ def damaged(**change):
     RunningNormalizer().load_state_dict({**RunningNormalizer().state_dict(), **change})
 
 
+@pytest.mark.arguments
 @pytest.mark.parametrize("kind, message, call", ERRORS, ids=[f"{i}-{m.split(':')[0]}" for i, (_, m, _) in enumerate(ERRORS)])
 def test_errors_name_the_argument(kind, message, call):
     with pytest.raises(kind, match=message):
         call()
 
 
+@pytest.mark.arguments
 def test_read_only_out_is_refused():
     out = np.empty((4, 3), np.float32)
     out.flags.writeable = False

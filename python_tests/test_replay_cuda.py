@@ -6,27 +6,12 @@ import torch
 from conftest import DEVICES, on, to_numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference_replay import FLAGS, replay_rows, replay_settings
 
-from urlfast import Field, SequenceReplay, _core
+from urlfast import Field, SequenceReplay
 
 CUDA = [device for device in DEVICES if device != "cpu"]
-FLAGS = ("terminated", "is_first", "is_last")
 GOOD = {"capacity": 100, "fields": {"observation": Field((1, 2, 3), "uint8")}, "num_streams": 2, "n_step": 3, "gamma": 0.99}
-
-
-def rows_of(rng, fields, closed, streams, priority=False, ends=0.12):
-    n = len(streams)
-    rows = {name: rng.integers(0, 250, (n, *f.shape)).astype(f.dtype) for name, f in fields.items()}
-    rows["reward"] = rng.normal(size=n).astype(np.float32)
-    rows["terminated"] = rng.random(n) < 0.08
-    first, last = np.zeros(n, bool), rng.random(n) < ends
-    for i, s in enumerate(streams):
-        first[i] = closed[s] or rng.random() < 0.03
-        closed[s] = last[i]
-    rows["is_first"], rows["is_last"] = first, last
-    if priority and rng.random() < 0.5:
-        rows["priority"] = np.where(rng.random(n) < 0.5, np.nan, rng.random(n) * 3).astype(np.float32)
-    return rows
 
 
 def moved(device, rows, rng):
@@ -52,7 +37,7 @@ class Pair:
                 if everyone
                 else self.rng.integers(0, self.streams, bulk or self.rng.integers(1, 2 * self.streams + 1))
             )
-            rows = rows_of(self.rng, self.fields, self.closed, streams, self.prioritised, ends)
+            rows = replay_rows(self.rng, self.fields, self.closed, streams, ends=ends, priority=self.prioritised)
             self.cpu.add(rows, None if everyone else streams)
             self.cuda.add(moved(self.device, rows, self.rng), None if everyone else streams)
 
@@ -91,30 +76,13 @@ class Pair:
 
 @st.composite
 def settings_of_a_replay(draw):
-    options = {"num_streams": draw(st.integers(1, 3)), "frame_stack": draw(st.sampled_from([None, 1, 2, 4]))}
-    observation = draw(
-        st.sampled_from([Field((1, 2, 3), "uint8"), Field((2, 2), "float32"), Field((5,), "int16"), Field((1, 96, 96), "uint8")])
-    )
-    fields = {"observation": observation, "action": Field((), "int64")}
+    observations = [Field((1, 2, 3), "uint8"), Field((2, 2), "float32"), Field((5,), "int16"), Field((1, 96, 96), "uint8")]
+    # 1.0 and 0.0: powers that are exact, so that leaves must agree to the bit
+    how = {"n_steps": [1, 3, 6, 40], "lengths": [2, 3, 6, 37], "exponents": [1.0]}
+    capacity, fields, options = replay_settings(lambda choices: draw(st.sampled_from(choices)), observations, **how)
     if draw(st.booleans()):
         fields |= {f"extra{i}": Field((i % 3 + 1,), "uint8") for i in range(26)}  # more columns than one launch takes
-    if draw(st.booleans()):
-        window = options["n_step"] = draw(st.sampled_from([1, 3, 6, 40]))
-        options["gamma"] = draw(st.sampled_from([0.0, 0.9, 1.0]))
-    else:
-        options["burn_in"] = draw(st.integers(0, 3))
-        window = options["sequence_length"] = options["burn_in"] + draw(st.sampled_from([2, 3, 6, 37]))
-        options["stride"] = draw(st.integers(1, 9))
-        options["cross_episodes"] = draw(st.booleans())
-        if options["cross_episodes"]:
-            options["frame_stack"] = None
-        if options["stride"] > 1:
-            fields["state"] = Field((2, 3), "float32", every=options["stride"])
-    if draw(st.booleans()):
-        # 1.0 and 0.0: powers that are exact, so that leaves must agree to the bit
-        options.update(priority_exponent=1.0, importance_exponent=0.6, eta=draw(st.sampled_from([0.9, 0.0])))
-    rows = window + (options["frame_stack"] or 1) + draw(st.integers(0, 12))
-    return rows * options["num_streams"] + draw(st.integers(0, options["num_streams"] - 1)), fields, options
+    return capacity, fields, options
 
 
 @pytest.mark.parametrize("device", CUDA)
@@ -294,10 +262,3 @@ def test_a_capture_is_refused(device):
     replay.sample(8)
     with pytest.raises(RuntimeError, match="cannot be captured in a CUDA graph"), torch.cuda.graph(graph):
         replay.sample(8)
-
-
-@pytest.mark.skipif(_core.build_info()["cuda_usable"], reason="CUDA is usable here")
-@pytest.mark.parametrize("device", ["cuda", "cuda:3"])
-def test_without_a_device_one_clear_error(device):
-    with pytest.raises(RuntimeError, match=r"device: CUDA is not usable here: .+"):
-        SequenceReplay(**GOOD, device=device)
