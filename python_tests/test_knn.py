@@ -119,6 +119,10 @@ def test_ties_go_to_the_lowest_index(device):
     same = np.ones((500, 40), np.float32)
     distance, index = urlfast.knn(on(device, same)[0], k=500)
     assert (to_numpy(distance) == 0).all() and (to_numpy(index) == np.arange(500)).all()
+    for d in (16, 32, 64, 90) * 9:  # one query: a key's distance has the same bits wherever it lies, also beyond the last whole vector
+        point, query = rng.normal(size=(2, 1, d)).astype(np.float32)
+        _, index = urlfast.knn(on(device, query)[0], on(device, np.repeat(point, 253, 0))[0], k=253)
+        assert (to_numpy(index) == np.arange(253)).all()
     _, index = urlfast.knn(on(device, same)[0], k=3, include_self=False)
     assert to_numpy(index)[:4].tolist() == [[1, 2, 3], [0, 2, 3], [0, 1, 3], [0, 1, 2]]
 

@@ -67,13 +67,12 @@ class Scratch {
   size_t size_ = 0;
 };
 struct Workspace {
-  Scratch queries, keys, query_pointers, key_pointers, block, turned, candidates, limits, counts;
+  Scratch queries, keys, block, turned, candidates, limits, counts;
   Scratch query_bytes, key_bytes, query_squares, key_squares, query_errors, key_errors, centre, measured, exact;
   ~Workspace() = default;
   void trim() {
-    for (Scratch* s :
-         {&queries, &keys, &query_pointers, &key_pointers, &block, &turned, &candidates, &limits, &counts, &query_bytes,
-          &key_bytes, &query_squares, &key_squares, &query_errors, &key_errors, &centre, &measured, &exact})
+    for (Scratch* s : {&queries, &keys, &block, &turned, &candidates, &limits, &counts, &query_bytes, &key_bytes,
+                       &query_squares, &key_squares, &query_errors, &key_errors, &centre, &measured, &exact})
       s->trim();
   }
 };
@@ -199,51 +198,42 @@ class Search {
     if (!std::isfinite(sum)) finite_.store(false, std::memory_order_relaxed);
   }
 
-  // Rows as the kernels take them: packed in groups, or where each begins.
-  struct Rows {
-    const T* packed;
-    const T* const* pointers;
-  };
-  Rows take(Scratch& values, Scratch& pointers, const char* rows, int64_t count, int group) const {
-    if (!by_rows_) {
-      T* out = values.get<T>(round_up(count, group) / group * p.dim * kernel.width);
-      kernel.pack(rows, p.dtype, count, p.dim, group, scale_, out);
-      return {out, nullptr};
-    }
-    return {nullptr, as_they_lie(values, pointers, rows, count)};
-  }
-  const T* const* as_they_lie(Scratch& values, Scratch& pointers, const char* rows, int64_t count) const {
-    const T* first = reinterpret_cast<const T*>(rows);
-    if (scale_ != 1 || item_size(p.dtype) != int64_t(sizeof(T))) {
-      T* out = values.get<T>(count * p.dim);
-      kernel.widen(rows, p.dtype, count * p.dim, scale_, out);
-      first = out;
-    }
-    const T** out = pointers.get<const T*>(count);
-    for (int64_t i = 0; i < count; ++i) out[i] = first + i * p.dim;
+  // Rows as the kernels take them: packed in groups, or, where distances are by rows, as they lie.
+  const T* take(Scratch& values, const char* rows, int64_t count, int group) const {
+    if (by_rows_) return as_they_lie(values, rows, count);
+    T* out = values.get<T>(round_up(count, group) / group * p.dim * kernel.width);
+    kernel.pack(rows, p.dtype, count, p.dim, group, scale_, out);
     return out;
   }
-  Rows take_queries(Workspace& w, int64_t s, int64_t row, int64_t count) const {
-    return take(w.queries, w.query_pointers, query_rows(s, row), count, kernel.query_group);
+  const T* as_they_lie(Scratch& values, const char* rows, int64_t count) const {
+    if (in_place()) return reinterpret_cast<const T*>(rows);
+    T* out = values.get<T>(count * p.dim);
+    kernel.widen(rows, p.dtype, count * p.dim, scale_, out);
+    return out;
   }
-  Rows take_keys(Workspace& w, int64_t s, int64_t row, int64_t count) const {
-    return take(w.keys, w.key_pointers, key_rows(s, row), count, kernel.width);
+  bool in_place() const { return scale_ == 1 && item_size(p.dtype) == int64_t(sizeof(T)); }
+  const T* take_queries(Workspace& w, int64_t s, int64_t row, int64_t count) const {
+    return take(w.queries, query_rows(s, row), count, kernel.query_group);
+  }
+  const T* take_keys(Workspace& w, int64_t s, int64_t row, int64_t count) const {
+    return take(w.keys, key_rows(s, row), count, kernel.width);
   }
   // Of `rows` queries from `first` on, a multiple of the kernel's query_group or a single one.
-  void distances(Rows queries, int64_t first, int64_t rows, Rows keys, int64_t columns, T* out, int64_t stride) const {
+  void distances(const T* queries, int64_t first, int64_t rows, const T* keys, int64_t columns, T* out,
+                 int64_t stride) const {
     const int64_t R = kernel.query_group;
     if (by_rows_)
-      kernel.row_distances(queries.pointers + first, rows, keys.pointers, columns, p.dim, out, stride);
+      kernel.row_distances({queries + first * p.dim, nullptr}, rows, {keys, nullptr}, columns, p.dim, out, stride);
     else
-      kernel.distances(queries.packed + first / R * p.dim * kernel.width + first % R, rows, keys.packed, columns, p.dim,
-                       out, stride);
+      kernel.distances(queries + first / R * p.dim * kernel.width + first % R, rows, keys, columns, p.dim, out, stride);
   }
 
   // Queries x keys in blocks: the keys of one stay in the second cache, its distances too.
   void search_blocks() {
     constexpr int64_t kCache = 384 << 10;  // bytes of a block's keys
     const int64_t W = kernel.width, R = kernel.query_group, row_bytes = p.dim * int64_t(sizeof(T));
-    const int64_t block_keys = std::clamp<int64_t>(kCache / row_bytes / (2 * W) * 2 * W, 4 * W, 1024);
+    int64_t block_keys = std::clamp<int64_t>(kCache / row_bytes / (2 * W) * 2 * W, 4 * W, 1024);
+    if (p.num_queries == 1 && in_place()) block_keys = 4096;  // no key is read twice, and reading pauses after each
     const int64_t stride = block_keys + W;
     const int64_t longest = p.lengths ? *std::max_element(p.lengths, p.lengths + p.problems) : p.num_keys;
     const KnnCandidates<T> sizes = candidate_sizes<T>(kernel, std::min(p.k, longest));
@@ -267,16 +257,16 @@ class Search {
       const int64_t rows = std::min(unit_rows, p.num_queries - first), length = p.length(s);
       const int64_t begin = length * part / parts, end = length * (part + 1) / parts;
       Workspace& w = workspace();
-      const Rows queries = take_queries(w, s, first, rows);
+      const T* queries = take_queries(w, s, first, rows);
       if constexpr (std::is_same_v<T, float>)
         if (parts == 1 && first_pass_pays(rows, length) && search_bounds(s, first, rows, queries)) return;
       KnnCandidates<T> c = room(w, sizes, rows);
       c.k = std::min(p.k, length);
-      T* block = w.block.get<T>(kRows * stride);
+      T* block = w.block.get<T>(std::min(kRows, unit_rows) * stride);
       T sum = 0;
       for (int64_t m = begin; m < end; m += block_keys) {
         const int64_t columns = std::min(block_keys, end - m);
-        const Rows keys = take_keys(w, s, m, columns);
+        const T* keys = take_keys(w, s, m, columns);
         for (int64_t r = 0; r < rows; r += kRows) {
           const int64_t some = std::min(kRows, rows - r);
           distances(queries, r, some, keys, columns, block, stride);
@@ -310,7 +300,7 @@ class Search {
            p.dim <= kKnnBytesMaxDim;
   }
 
-  bool search_bounds(int64_t s, int64_t first, int64_t rows, Rows queries) {
+  bool search_bounds(int64_t s, int64_t first, int64_t rows, const T* queries) {
     const KnnFirstPass& pass = *kernel.first_pass;
     Workspace& w = workspace();
     const int64_t length = p.length(s), row_bytes = round_up(p.dim, kKnnBytesDim);
@@ -325,8 +315,7 @@ class Search {
     };
     const KnnBytes query = bytes(w.query_bytes, w.query_squares, w.query_errors, rows);
     const KnnBytes key = bytes(w.key_bytes, w.key_squares, w.key_errors, block_keys);
-    pass.quantise(as_they_lie(w.turned, w.key_pointers, query_rows(s, first), rows), rows, p.dim, centre, step, true,
-                  query);
+    pass.quantise(as_they_lie(w.turned, query_rows(s, first), rows), rows, p.dim, centre, step, true, query);
 
     const int64_t many = std::min(length / 2, std::max<int64_t>(512, 4 * p.k));  // candidates of a query
     KnnCandidates<T> sizes{};
@@ -337,8 +326,7 @@ class Search {
     int64_t left = rows * (length / 16);  // distances to compute one by one, at most: each takes longer than in blocks
     for (int64_t m = 0; m < length; m += block_keys) {
       const int64_t columns = std::min(block_keys, length - m);
-      pass.quantise(as_they_lie(w.keys, w.key_pointers, key_rows(s, m), columns), columns, p.dim, centre, step, false,
-                    key);
+      pass.quantise(as_they_lie(w.keys, key_rows(s, m), columns), columns, p.dim, centre, step, false, key);
       note(std::accumulate(key.errors, key.errors + columns, T(0)));
       for (int64_t r = 0; r < rows; r += kRows) {
         const int64_t some = std::min(kRows, rows - r);
@@ -382,16 +370,15 @@ class Search {
     constexpr int64_t kSample = 16;  // of queries, and of keys
     Workspace& w = workspace();
     float* sample = w.exact.get<float>(2 * kSample * p.dim);
-    const float* pointers[2 * kSample];
     for (int64_t i = 0; i < kSample; ++i) {
-      pointers[i] = sample + i * p.dim, pointers[kSample + i] = sample + (kSample + i) * p.dim;
       kernel.widen(query_rows(s, first + rows * i / kSample), p.dtype, p.dim, scale_, sample + i * p.dim);
       kernel.widen(key_rows(s, p.length(s) * i / kSample), p.dtype, p.dim, scale_, sample + (kSample + i) * p.dim);
     }
     double square = 0;
     for (int64_t d = 0; d < p.dim; ++d) {
       double sum = 0, squares = 0;
-      for (const float* row : pointers) sum += row[d], squares += double(row[d]) * row[d];
+      for (int64_t i = d; i < 2 * kSample * p.dim; i += p.dim)
+        sum += sample[i], squares += double(sample[i]) * sample[i];
       centre[d] = float(sum / (2 * kSample));
       square += squares - sum * sum / (2 * kSample);
     }
@@ -402,7 +389,7 @@ class Search {
     for (double reach = 3; reach < 64; reach *= 1.15) {  // the largest value that bytes hold, in deviations
       const float tried = float(reach * deviation / 127);
       if (!(tried > 0x1p-60f)) break;
-      kernel.first_pass->quantise(pointers, 2 * kSample, p.dim, centre, tried, false, bytes);
+      kernel.first_pass->quantise(sample, 2 * kSample, p.dim, centre, tried, false, bytes);
       const float sum = std::accumulate(bytes.errors, bytes.errors + 2 * kSample, 0.f);
       if (!(sum < least)) break;
       least = sum, step = tried;
@@ -412,7 +399,7 @@ class Search {
 
   // Measures the keys of lowest bounds, some more than k as a large error may lower one's bound; lowers the limit to
   // the k-th lowest distance and drops the other candidates above it. How many were measured: they lie at the front.
-  int64_t tighten(KnnCandidates<T> c, int64_t s, Rows queries, int64_t row, Key* measured) {
+  int64_t tighten(KnnCandidates<T> c, int64_t s, const T* queries, int64_t row, Key* measured) {
     Key* keys = c.keys + row * c.capacity;
     const int64_t count = c.count[row], k = c.k, some = c.k = std::min(count, most_measured(k));
     if (count < k) return 0;
@@ -429,7 +416,7 @@ class Search {
   static int64_t most_measured(int64_t k) { return k + k / 2 + 4; }
 
   // A row's candidates become its k nearest, in order. How many were measured.
-  int64_t rank(KnnCandidates<T> c, int64_t s, Rows queries, int64_t row, Key* measured) {
+  int64_t rank(KnnCandidates<T> c, int64_t s, const T* queries, int64_t row, Key* measured) {
     Key* keys = c.keys + row * c.capacity;
     const int64_t some = tighten(c, s, queries, row, measured);
     measure(s, queries, row, keys + some, c.count[row] - some);
@@ -439,7 +426,7 @@ class Search {
   }
 
   // All keys are measured, and a row's candidates become its k nearest, in order.
-  void rank_all(KnnCandidates<T> c, int64_t s, Rows queries, int64_t row, int64_t query) {
+  void rank_all(KnnCandidates<T> c, int64_t s, const T* queries, int64_t row, int64_t query) {
     Key* keys = c.keys + row * c.capacity;
     int64_t held = 0;
     for (int64_t m = 0; m < p.length(s); m += kAtOnce) {
@@ -453,27 +440,28 @@ class Search {
   }
 
   // Keys with bounds become keys with distances.
-  void measure(int64_t s, Rows queries, int64_t row, Key* keys, int64_t count) {
+  void measure(int64_t s, const T* queries, int64_t row, Key* keys, int64_t count) {
     Workspace& w = workspace();
     T* out = w.exact.get<T>(kAtOnce);
     T sum = 0;
     for (int64_t first = 0; first < count; first += kAtOnce, keys += kAtOnce) {
       const int64_t some = std::min(kAtOnce, count - first);
-      const bool in_place = by_rows_ && scale_ == 1 && item_size(p.dtype) == int64_t(sizeof(T));
-      const T** pointers = w.key_pointers.get<const T*>(kAtOnce);
-      T* rows = in_place ? nullptr : w.turned.get<T>(kAtOnce * p.dim);
+      const bool where_they_lie = by_rows_ && in_place();
+      const T* pointers[kAtOnce];
+      T* rows = where_they_lie ? nullptr : w.turned.get<T>(kAtOnce * p.dim);
       for (int64_t i = 0; i < some; ++i) {
         const char* from = key_rows(s, uint32_t(keys[i]));
-        pointers[i] = in_place ? reinterpret_cast<const T*>(from) : rows + i * p.dim;
-        if (!in_place) kernel.widen(from, p.dtype, p.dim, scale_, rows + i * p.dim);
+        pointers[i] = reinterpret_cast<const T*>(from);
+        if (!where_they_lie) kernel.widen(from, p.dtype, p.dim, scale_, rows + i * p.dim);
       }
-      Rows taken{nullptr, pointers};
-      if (!by_rows_) {
+      if (by_rows_) {
+        const KnnRows<T> taken{rows, where_they_lie ? pointers : nullptr};
+        kernel.row_distances({queries + row * p.dim, nullptr}, 1, taken, some, p.dim, out, kAtOnce);
+      } else {
         T* packed = w.keys.get<T>(kAtOnce * p.dim);
         kernel.pack(rows, DType::f32, some, p.dim, kernel.width, 1, packed);
-        taken = {packed, nullptr};
+        distances(queries, row, 1, packed, some, out, kAtOnce);
       }
-      distances(queries, row, 1, taken, some, out, kAtOnce);
       for (int64_t i = 0; i < some; ++i) sum += out[i], keys[i] = key_of(out[i], uint32_t(keys[i]));
     }
     note(sum);
@@ -490,7 +478,7 @@ class Search {
 
     struct Taken {
       int64_t block = -1;  // the block of queries that this thread has taken
-      Rows rows{};
+      const T* rows = nullptr;
     };
     run_units<Taken>(p.problems * pairs, threads_, [&](int64_t unit, Taken& queries) {
       const int64_t s = unit / pairs;
@@ -501,7 +489,7 @@ class Search {
       Workspace& w = workspace();
       T* block = w.block.get<T>(round_up(side, W) * (side + W));
       if (queries.block != s * blocks + i) queries = {s * blocks + i, take_queries(w, s, i * side, rows)};
-      const Rows keys = take_keys(w, s, j * side, columns);
+      const T* keys = take_keys(w, s, j * side, columns);
       distances(queries.rows, 0, rows, keys, columns, block, side + W);
       if (i == j) exclude(block, side + W, i * side, rows, j * side, columns);
       {

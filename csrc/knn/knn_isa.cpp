@@ -373,17 +373,22 @@ inline void row_tile(const T* const* queries, const T* const* keys, int64_t d, i
   for (; d < end; d += W) add([d](const T* row) { return load(row + d); });
 }
 
-// As many tiles of R queries x N keys as fill a vector with their sums.
+template <class T>
+inline const T* row_at(KnnRows<T> rows, int64_t dim, int64_t i) {
+  return rows.pointers ? rows.pointers[i] : rows.first + i * dim;
+}
+
+// As many tiles of R queries, from i on, x N keys, from j on, as fill a vector with their sums.
 template <class T, int R, int N>
-void row_tiles(const T* const* queries, const T* const* keys, int64_t columns, int64_t d, int64_t end, T* out,
-               int64_t stride) {
+void row_tiles(KnnRows<T> queries, int64_t i, KnnRows<T> keys, int64_t j, int64_t columns, int64_t dim, int64_t d,
+               int64_t end, T* out, int64_t stride) {
   constexpr int W = Shape<T>::W, kTiles = W / (R * N);
   static_assert(R == 1 || kTiles == 1, "several tiles are of one query");
   const T* query[R];
-  for (int r = 0; r < R; ++r) query[r] = queries[r];
-  for (int64_t j = 0; j < columns; j += kTiles * N) {
+  for (int r = 0; r < R; ++r) query[r] = row_at(queries, dim, i + r);
+  for (; j < columns; j += kTiles * N) {
     const T* key[kTiles * N];
-    for (int n = 0; n < kTiles * N; ++n) key[n] = keys[j + n < columns ? j + n : j];
+    for (int n = 0; n < kTiles * N; ++n) key[n] = row_at(keys, dim, j + n < columns ? j + n : j);
     Vector<T> sums[W];
 #pragma GCC unroll 8
     for (int t = 0; t < kTiles; ++t) row_tile<T, R, N>(query, key + t * N, d, end, sums + t * N);
@@ -402,16 +407,50 @@ void row_tiles(const T* const* queries, const T* const* keys, int64_t columns, i
   }
 }
 
+// One query, and keys of V vectors each: read in order, and asked for some two kilobytes ahead, which is what it takes
+// to read at the memory's speed. As many keys as fill vectors; how many they were.
+template <class T, int V>
+int64_t short_rows(const T* query, const T* keys, int64_t columns, T* out) {
+  constexpr int W = Shape<T>::W;
+  const volatile T zero = 0;  // known to the compiler, it could add the products in another order than row_tile does
+  const Vector<T> start = Vector<T>{} + zero;
+  int64_t j = 0;
+  for (; j + W <= columns; j += W, keys += W * V * W) {
+    const T* ahead = keys + (j + 2 * W <= columns ? W * V * W : 0);
+    Vector<T> sums[W];
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) {
+      sums[i] = start;
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) {
+        const int at = (i * V + v) * W;
+        if (v * kVectorBytes % 64 == 0) __builtin_prefetch(ahead + at, 0, 2);
+        const Vector<T> difference = load(keys + at) - load(query + v * W);
+        sums[i] += difference * difference;
+      }
+    }
+    store(out + j, sum_each<T>(sums));
+  }
+  return j;
+}
+
 template <class T>
-void row_distances(const T* const* queries, int64_t rows, const T* const* keys, int64_t columns, int64_t dim, T* out,
+void row_distances(KnnRows<T> queries, int64_t rows, KnnRows<T> keys, int64_t columns, int64_t dim, T* out,
                    int64_t stride) {
-  constexpr int R = RowTile<T>::R, N = RowTile<T>::N;
+  constexpr int W = Shape<T>::W, R = RowTile<T>::R, N = RowTile<T>::N;
   for (int64_t d = 0; d < dim; d += kRowDepth) {
     const int64_t end = dim - d < kRowDepth ? dim : d + kRowDepth;
     int64_t i = 0;
-    for (; i + R <= rows; i += R) row_tiles<T, R, N>(queries + i, keys, columns, d, end, out + i * stride, stride);
-    for (; i < rows; ++i)
-      row_tiles<T, 1, (Shape<T>::W < 4 ? 2 : 4)>(queries + i, keys, columns, d, end, out + i * stride, stride);
+    for (; i + R <= rows; i += R)
+      row_tiles<T, R, N>(queries, i, keys, 0, columns, dim, d, end, out + i * stride, stride);
+    for (; i < rows; ++i) {
+      int64_t j = 0;
+      if (!keys.pointers && dim == 2 * W)
+        j = short_rows<T, 2>(row_at(queries, dim, i), keys.first, columns, out + i * stride);
+      if (!keys.pointers && dim == 4 * W)
+        j = short_rows<T, 4>(row_at(queries, dim, i), keys.first, columns, out + i * stride);
+      row_tiles<T, 1, (W < 4 ? 2 : 4)>(queries, i, keys, j, columns, dim, d, end, out + i * stride, stride);
+    }
   }
 }
 
@@ -430,7 +469,7 @@ void row_distances(const T* const* queries, int64_t rows, const T* const* keys, 
 #if defined(__AVX512VNNI__)
 inline Vector<float> root(Vector<float> x) { return (Vector<float>)_mm512_sqrt_ps((__m512)x); }
 
-void quantise(const float* const* rows, int64_t count, int64_t dim, const float* centre, float step, bool queries,
+void quantise(const float* rows, int64_t count, int64_t dim, const float* centre, float step, bool queries,
               KnnBytes out) {
   constexpr int G = kKnnBytesGroup;
   using Floats = Vector<float>;
@@ -442,7 +481,7 @@ void quantise(const float* const* rows, int64_t count, int64_t dim, const float*
     for (int64_t d = 0; d < dim; d += kKnnBytesDim, out.values += G * kKnnBytesDim) {
       Floats bytes[G];
       for (int i = 0; i < G; ++i) {
-        const float* row = rows[first + i < count ? first + i : first];
+        const float* row = rows + (first + i < count ? first + i : first) * dim;
         __m512i part[4];
 #pragma GCC unroll 4
         for (int v = 0; v < 4; ++v) {

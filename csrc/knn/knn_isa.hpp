@@ -46,9 +46,16 @@ struct KnnBytes {
 constexpr int64_t kKnnBytesGroup = 16, kKnnBytesDim = 64;  // rows and features are rounded up to these
 constexpr int64_t kKnnBytesMaxDim = 16384;                 // sums of products stay whole numbers in every lane
 
+// Rows as they lie: one after the other from `first` on, or, where `pointers` is not null, each where its pointer says.
+template <class T>
+struct KnnRows {
+  const T* first;
+  const T* const* pointers;
+};
+
 struct KnnFirstPass {
-  // Rows by their pointers become bytes: round((row - centre) / step).
-  void (*quantise)(const float* const* rows, int64_t count, int64_t dim, const float* centre, float step, bool queries,
+  // Rows become bytes: round((row - centre) / step).
+  void (*quantise)(const float* rows, int64_t count, int64_t dim, const float* centre, float step, bool queries,
                    KnnBytes out);
   // out[i * stride + j] is at most the distance between query i and key j. `out` has room for `rows` rounded up to 8
   // and `columns` rounded up to 32.
@@ -72,9 +79,9 @@ struct KnnKernels {
   // Squared distances: out[i * stride + j] for packed queries i < rows and keys j < columns (rounded up to `width`).
   void (*distances)(const T* queries, int64_t rows, const T* keys, int64_t columns, int64_t dim, T* out,
                     int64_t stride);
-  // The same for rows as they lie, each by its pointer. Any two rows' distance has the same bits whatever the others.
-  void (*row_distances)(const T* const* queries, int64_t rows, const T* const* keys, int64_t columns, int64_t dim,
-                        T* out, int64_t stride);
+  // The same for rows as they lie. Any two rows' distance has the same bits whatever the others.
+  void (*row_distances)(KnnRows<T> queries, int64_t rows, KnnRows<T> keys, int64_t columns, int64_t dim, T* out,
+                        int64_t stride);
   // to[j * to_stride + i] = from[i * from_stride + j]; both padded to `width`.
   void (*transpose)(const T* from, int64_t from_stride, int64_t rows, int64_t columns, T* to, int64_t to_stride);
   // Offers block [rows, columns] to rows first .. first + rows, as keys index ... The sum of all that was offered: NaN
