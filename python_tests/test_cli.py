@@ -101,5 +101,7 @@ def test_info():
     assert set(found["renderers"]) == {"egl", "osmesa", "glfw"}
     for says in found["renderers"].values():
         assert says == "works" or says.startswith(("fails (", "hangs"))
+    chosen = found["renderers"]["egl"] == "works"
+    assert found["renderer"] == "egl" if chosen else found["renderer"].startswith("no renderer works here: egl fails (apt install ")
     text = info.text(found)
-    assert "instruction sets  baseline chosen" in text and "CUDA, core" in text and "ROMs" in text
+    assert "instruction sets  baseline chosen" in text and "CUDA, core" in text and "ROMs" in text and "pixels, DMControl " in text

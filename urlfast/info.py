@@ -6,27 +6,14 @@ import argparse
 import json
 import os
 import platform
-import re
-import subprocess
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 from urlfast import _core
+from urlfast.envs import rendering
 from urlfast.run import human_bytes, versions
-
-RENDERERS = {  # what each needs, on Debian
-    "egl": "apt install libegl1 libegl-mesa0 libgl1-mesa-dri, or a GPU's driver",
-    "osmesa": "apt install libosmesa6",
-    "glfw": "needs a display",
-}
-PROBE = """
-import mujoco
-model = mujoco.MjModel.from_xml_string("<mujoco><worldbody><geom size='1'/></worldbody></mujoco>")
-mujoco.Renderer(model, 16, 16)
-print("works")
-"""
 
 
 def hardware() -> str:
@@ -56,7 +43,11 @@ def collect(render: bool = True) -> dict:
     found["torch"] = {"cuda": torch.version.cuda, "usable": usable, "threads": torch.get_num_threads()}
     found["atari_roms"] = count_roms()
     if render:
-        found["renderers"] = {name: probe(name) for name in RENDERERS}
+        found["renderers"] = {name: rendering.probe(name) for name in rendering.NEEDS}
+        try:
+            found["renderer"] = rendering.choose()
+        except rendering.NoRenderer as error:
+            found["renderer"] = str(error)
     return found
 
 
@@ -72,22 +63,6 @@ def count_roms() -> int:
     return len(list(Path(spec.origin).parent.glob("roms/*.bin"))) if spec and spec.origin else 0
 
 
-def probe(renderer: str) -> str:
-    """'works', or why MuJoCo cannot draw with it."""
-    if find_spec("mujoco") is None:
-        return "mujoco is not installed"
-    try:
-        done = subprocess.run(
-            [sys.executable, "-c", PROBE], env={**os.environ, "MUJOCO_GL": renderer}, capture_output=True, text=True, timeout=60
-        )
-    except subprocess.TimeoutExpired:
-        return "hangs"
-    if done.returncode == 0 and "works" in done.stdout:
-        return "works"
-    errors = re.findall(r"^[\w.]*(?:Error|Exception): .*$", done.stderr, re.MULTILINE)
-    return f"fails ({RENDERERS[renderer]}): {errors[0] if errors else f'exit status {done.returncode}'}"
-
-
 def text(found: dict) -> str:
     core, torch = found["core"], found["torch"]
     lines = [
@@ -100,6 +75,10 @@ def text(found: dict) -> str:
         ("versions", ", ".join(f"{name} {version}" for name, version in found["versions"].items() if name != "urlfast")),
         ("Atari", f"{found['atari_roms']} ROMs"),
     ]
+    if "renderer" in found:
+        lines.append(
+            ("pixels, DMControl", f"drawn by {found['renderer']}" if found["renderer"] in found["renderers"] else found["renderer"])
+        )
     for name, says in found.get("renderers", {}).items():
         lines.append((f"renderer {name}", says))
     if found["environment"]:
