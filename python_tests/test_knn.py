@@ -227,6 +227,22 @@ def test_a_first_pass_changes_no_bit(kind):
         np.testing.assert_array_equal(distance[:20], few[0][:, 1:])
 
 
+def test_more_neighbours_than_a_block_of_keys_has():
+    """A first pass sets its limits from its first block, 64 keys of 3136 features: k of them, or k besides the row itself."""
+    rng = np.random.default_rng(0)
+    q, y = rng.normal(size=(64, 3136)).astype(np.float32), rng.normal(size=(1100, 3136)).astype(np.float32)
+    got = urlfast.knn(q, y, 65)
+    for i in range(0, 64, 16):  # few queries are searched directly
+        for all_rows, few in zip(got, urlfast.knn(q[i : i + 16], y, 65), strict=True):
+            np.testing.assert_array_equal(all_rows[i : i + 16], few)
+    x = rng.normal(size=(2400, 3)) * np.repeat([0.3, 0.3, 1.0], [50, 14, 2336])[:, None]
+    x += np.repeat([0, 4, -8], [50, 14, 2336])[:, None]  # 50 close rows, then a gap: the 50th neighbour is beyond it
+    z = (x @ rng.normal(size=(3, 3136))).astype(np.float32)
+    got, few = urlfast.knn(z, k=50, include_self=False), urlfast.knn(z[:20], z, 51)
+    np.testing.assert_array_equal(got[0][:20], few[0][:, 1:])
+    np.testing.assert_array_equal(got[1][:20], few[1][:, 1:])
+
+
 def test_results_do_not_depend_on_threads():
     rng = np.random.default_rng(4)
     for q, pool in (((700, 64), None), ((700, 15), None), ((90, 33), (5000, 33)), ((1, 32), (20000, 32))):

@@ -297,14 +297,19 @@ class Search {
   // that may be among the k nearest. False where bounds leave too many of them, which is known before it has cost much.
   bool first_pass_pays(int64_t rows, int64_t length) const {
     return kernel.first_pass && rows >= 32 && length >= 512 && p.k <= length / 16 && p.dim >= 32 &&
-           p.dim <= kKnnBytesMaxDim;
+           p.dim <= kKnnBytesMaxDim && most_measured(p.k) < first_pass_keys();
+  }
+  // Of a block. It has more keys than the first limits are set from, so that these come from real neighbours, k or
+  // more, also where a row itself is excluded.
+  int64_t first_pass_keys() const {
+    return std::clamp<int64_t>((256 << 10) / round_up(p.dim, kKnnBytesDim) / 32 * 32, 64, 1024);
   }
 
   bool search_bounds(int64_t s, int64_t first, int64_t rows, const T* queries) {
     const KnnFirstPass& pass = *kernel.first_pass;
     Workspace& w = workspace();
     const int64_t length = p.length(s), row_bytes = round_up(p.dim, kKnnBytesDim);
-    const int64_t block_keys = std::clamp<int64_t>((256 << 10) / row_bytes / 32 * 32, 64, 1024), stride = block_keys;
+    const int64_t block_keys = first_pass_keys(), stride = block_keys;
     float* centre = w.centre.get<float>(p.dim);
     const float step = choose_step(s, first, rows, centre);
     if (!(step > 0x1p-60f)) return false;
