@@ -1,5 +1,6 @@
 """APT explores a pixel maze without any reward: it sees more of it than random play does in as many steps."""
 
+import functools
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 
@@ -15,11 +16,10 @@ from urlfast.methods.apt import APT, APTConfig
 from urlfast.nets.encoders import EncoderConfig
 
 STEPS = 8000  # of four environments together
-# Cells of 336: seeds 0 to 3 see 190, 157, 181, 165, and seeds 0 and 1 with shuffled rewards 125, 96; random play sees 115 (99 to 143 over
-# twelve seeds). With another memory layout, whose rounding alone changes a run's course, seeds 0, 1, 2 saw 206, 223, 181, and shuffled
-# 134, 148, 144.
+# Cells of 336: seeds 0 to 5 see 139, 130, 164, 177, 178, 152, and seeds 0 to 3 with shuffled rewards 110, 47, 125, 137; random play sees 84
+# (72 to 96 over twelve seeds).
 CONFIG = APTConfig(
-    encoder=EncoderConfig(conv=((16, 12, 6), (32, 4, 2)), activation="elu", features=15, spectral_norm=True),
+    encoder=EncoderConfig(conv=((16, 8, 4), (32, 4, 2)), activation="elu", features=15, spectral_norm=True),
     projection=(64, 64),
     temperature=0.2,
     lr=1e-3,
@@ -30,7 +30,8 @@ CONFIG = APTConfig(
     updates_per_step=0.5,
     learning_start=400,
     epsilon=0.3,  # a greedy policy alone stays for long where the reward has just been high
-    augment=AugmentConfig(shift=2),  # less than a cell of 3 pixels
+    augment=AugmentConfig(shift=1),  # less than a cell of 2 pixels
+    precision="fp32",  # the same course, nearly, whatever the processor
 )
 
 
@@ -43,7 +44,7 @@ class Shuffled(ParticleReward):
 
 
 def maze(seed):
-    return NineRooms(num_envs=4, seed=seed, frame_stack=1)
+    return NineRooms(num_envs=4, seed=seed, frame_stack=1, limit=60, size=44)
 
 
 def cells_of_random_play(seed):
@@ -73,12 +74,13 @@ def cells_of(reward, seeds):
     return np.mean(cells)
 
 
+@functools.cache
 def threshold():
     return 1.5 * np.mean([cells_of_random_play(seed) for seed in range(12)])
 
 
 def test_apt_sees_more_of_a_maze_than_random_play():
-    assert cells_of(ParticleReward, (0, 1)) >= threshold()
+    assert cells_of(ParticleReward, range(4)) >= threshold()
 
 
 def test_with_its_rewards_shuffled_it_does_not():

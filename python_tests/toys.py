@@ -77,16 +77,15 @@ class NineRooms(_Pixels):
     Every episode begins in the corner of the first room. Actions: up, down, left, right; a wall stops the agent. One narrow door joins
     each pair of neighbouring rooms. No reward, no terminal state: the time limit ends an episode. `visited` (bool, one entry per cell of
     the map) remembers every cell that any environment was ever in; `floor` says which cells can be. Of 336 cells the farthest is 38 moves
-    from the start; four environments of random moves find about 100 in 1,000 steps each, and 130 in 4,000.
+    from the start; four environments of random moves find about 100 in 1,000 steps each, and 130 in 4,000. size: of the frames, 22 at least.
     """
 
-    frame_shape = (1, 84, 84)
-
-    def __init__(self, num_envs=1, seed=0, frame_stack=4, room=6, limit=100):
+    def __init__(self, num_envs=1, seed=0, frame_stack=4, room=6, limit=100, size=84):
+        self.frame_shape = (1, size, size)
         super().__init__(num_envs, 4, seed, frame_stack)
         self.limit = limit
         side = 4 + 3 * room
-        self._pixels = 84 // side  # per cell
+        self._pixels = size // side  # per cell
         cell = np.arange(side)
         inside = cell % (room + 1) != 0
         self.floor = inside[:, None] & inside[None, :]
@@ -119,7 +118,7 @@ class NineRooms(_Pixels):
         maze = np.where(self.floor, 0, 128) + np.where(lit, 64, 0)
         maze[self._every, self._at[:, 0], self._at[:, 1]] = 255
         side = self.floor.shape[0] * self._pixels
-        low = (84 - side) // 2
+        low = (self.frame_shape[1] - side) // 2
         frame = np.zeros((self.num_envs, *self.frame_shape), np.uint8)
         frame[:, 0, low : low + side, low : low + side] = maze.repeat(self._pixels, 1).repeat(self._pixels, 2)
         return frame
