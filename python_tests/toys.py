@@ -77,7 +77,7 @@ class NineRooms(_Pixels):
     Every episode begins in the corner of the first room. Actions: up, down, left, right; a wall stops the agent. One narrow door joins
     each pair of neighbouring rooms. No reward, no terminal state: the time limit ends an episode. `visited` (bool, one entry per cell of
     the map) remembers every cell that any environment was ever in; `floor` says which cells can be. Of 336 cells the farthest is 38 moves
-    from the start; four environments of random moves find about 100 in 1,000 steps each, and 130 in 4,000. size: of the frames, 22 at least.
+    from the start; four environments of random moves find about 100 in 1,000 steps each, and 130 in 4,000. size: of the frames.
     """
 
     def __init__(self, num_envs=1, seed=0, frame_stack=4, room=6, limit=100, size=84):
