@@ -29,7 +29,7 @@ def flops() -> float:
         layers.append(2 * views * side * side * outputs * channels * kernel**2)
         channels = outputs
     flat = channels * side * side
-    hidden, head = 2 * views * flat * width, 2 * views * flat * CONFIG.projection[0]
+    hidden, head = 2 * views * flat * width, 2 * views * flat * CONFIG.representation.projection[0]
     encoder = 3 * sum(layers) + sum(layers) + sum(layers[1:])  # o_t, and o_{t+1} by two encoders; weights' and inputs' gradients
     return encoder + 3 * head + 4 * hidden  # Q: of o_t, twice of o_{t+1}, and its weights' gradient
 
@@ -119,7 +119,7 @@ def mini_loop(rows):
     def call():
         nonlocal step, state
         for _ in range(STEPS):
-            action = mini.act(state, CONFIG.epsilon)
+            action = mini.act(state, CONFIG.learner.epsilon)
             after = env.step(np.array([action]))
             following = stacks(after)
             if not step.is_last[0]:

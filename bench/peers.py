@@ -101,7 +101,8 @@ class MiniAPT:
     def take_weights(self, ours: APT) -> None:
         """Those of our method, whose network is the same: from here both compute the same on the same views."""
         convolutions = [layer for layer in self.encoder.conv if isinstance(layer, nn.Conv2d)]
-        for theirs, mine in zip([*convolutions, self.encoder.head], [*ours.agent.encoder.conv, *ours.projection], strict=True):
+        layers = [*ours.agent.encoder.conv, *ours.representation.projection]
+        for theirs, mine in zip([*convolutions, self.encoder.head], layers, strict=True):
             theirs.load_state_dict(mine.state_dict())
         q, streams = ours.agent.learner.q, (self.critic.value, self.critic.advantage)
         for name, hidden in q.hidden.named_parameters():  # ours holds both streams' hidden layers as one

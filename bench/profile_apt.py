@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import urlfast.augment
 import urlfast.intrinsic
 import urlfast.learners.drq
-import urlfast.methods.pixel_agent
+import urlfast.methods.agent
 from bench import bench_apt
 from bench.__main__ import machine
 from bench.harness import equal_threads
@@ -29,14 +29,14 @@ from urlfast.methods.apt import APTConfig
 
 REGIONS = {  # what runs inside belongs to the group, whatever it is
     "the game": [(urlfast.envs.VectorEnv, "send"), (urlfast.envs.VectorEnv, "recv")],
-    "acting": [(urlfast.methods.pixel_agent.PixelAgent, "act")],
+    "acting": [(urlfast.methods.agent.Agent, "act")],
     "replay": [(urlfast.SequenceReplay, "sample"), (urlfast.SequenceReplay, "add")],
     "augmentation": [(urlfast.augment.Augment, "__call__")],
     "neighbours and reward": [(urlfast.intrinsic.ParticleReward, "__call__")],
     "Adam, clipping, EMA copies": [
         (torch.optim.Adam, "step"),
         (torch.nn.utils, "clip_grad_norm_"),
-        (urlfast.methods.pixel_agent, "ema_update_"),
+        (urlfast.methods.agent, "ema_update_"),
         (urlfast.learners.drq, "ema_update_"),
     ],
 }

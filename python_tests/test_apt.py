@@ -11,9 +11,11 @@ import torch
 from urlfast import knn_reward
 from urlfast.envs import Step
 from urlfast.intrinsic import ParticleConfig, ParticleReward
+from urlfast.learners.ddpg import DDPGConfig
 from urlfast.learners.drq import DrQConfig
+from urlfast.learners.drq_sac import DrQSACConfig
 from urlfast.methods import FREEZE, LOAD, RESET, transfer
-from urlfast.methods.apt import APT, APTConfig
+from urlfast.methods.apt import APT, ICM, APTConfig, ContrastiveConfig, ICMConfig
 from urlfast.methods.task import Task, TaskConfig
 from urlfast.nets.encoders import EncoderConfig
 
@@ -23,7 +25,8 @@ CPU = torch.device("cpu")
 
 
 def apt(seed=0, **changes):
-    defaults = dict(encoder=SMALL, projection=(6,), batch_size=8, learner=DrQConfig(hidden=12, tau=0.05), precision="fp32")
+    defaults = dict(encoder=SMALL, representation=ContrastiveConfig((6,)), batch_size=8, precision="fp32")
+    defaults["learner"] = DrQConfig(hidden=12, tau=0.05)
     config = replace(APTConfig(), **{**defaults, "reward": ParticleConfig(k=4), **changes})
     return APT(config, SHAPE, ACTIONS, seed=seed)
 
@@ -39,18 +42,70 @@ def task(seed=0, **changes):
     return Task(replace(TaskConfig(), **{**defaults, **changes}), SHAPE, ACTIONS, seed=seed)
 
 
+PIXELS, STATES, VECTOR = (9, 20, 20), (7,), (2,)  # of three RGB images; of states; of actions
+CONV = ((4, 3, 2), (4, 3, 1))
+DDPG, SAC = DDPGConfig(hidden=12, feature_dim=5, lr=1e-3), DrQSACConfig(hidden=12, feature_dim=5)
+
+
+def urlb(seed=0, shape=STATES, actions=VECTOR, **changes):
+    """URLB's APT on states or pixels, with DDPG, or with DrQ where actions are numbers."""
+    learner = DrQConfig(hidden=12, tau=0.05) if isinstance(actions, int) else DDPG
+    small = dict(encoder=EncoderConfig(conv=CONV, mean=0.5), representation=ICMConfig(6, 12), reward=ParticleConfig(k=4, scale="none"))
+    config = replace(APTConfig.urlb(), **{**small, "learner": learner, "batch_size": 8, "precision": "fp32", **changes})
+    return APT(config, shape, actions, seed=seed, frame_stack=3 if len(shape) == 3 else 1)
+
+
+def paper_dmc(seed=0, **changes):
+    encoder = EncoderConfig(conv=CONV, activation="elu", features=5, spectral_norm=True)
+    small = dict(encoder=encoder, representation=ContrastiveConfig((6,)), reward=ParticleConfig(k=4), learner=SAC, batch_size=8)
+    return APT(replace(APTConfig.dmc(), **{**small, "precision": "fp32", **changes}), PIXELS, VECTOR, seed=seed, frame_stack=3)
+
+
+def control(seed=0, shape=STATES, learner=DDPG, **changes):
+    config = replace(TaskConfig.ddpg() if learner is DDPG else TaskConfig.sac(), encoder=EncoderConfig(conv=CONV), learner=learner)
+    config = replace(config, **{"batch_size": 8, "precision": "fp32", **changes})
+    return Task(config, shape, VECTOR, seed=seed, frame_stack=3 if len(shape) == 3 else 1)
+
+
+MAKERS = {
+    "apt": apt,
+    "mini_apt": mini_apt,
+    "task": task,
+    "task, tau 1": lambda seed: task(seed, learner=DrQConfig(hidden=12)),
+    "urlb, states": urlb,
+    "urlb, pixels": lambda seed: urlb(seed, PIXELS),
+    "urlb, states and numbers": lambda seed: urlb(seed, actions=ACTIONS),
+    "paper, dmc": paper_dmc,
+    "ddpg, states": control,
+    "ddpg, pixels": lambda seed: control(seed, PIXELS),
+    "sac, states": lambda seed: control(seed, STATES, SAC),
+    "sac, pixels": lambda seed: control(seed, PIXELS, SAC),
+}
+
+
 class Batches:
     """Stands for a replay: batch i is the same for whoever asks i-th."""
 
-    def __init__(self, seed=0):
-        self.rng = np.random.default_rng(seed)
+    def __init__(self, seed=0, shape=SHAPE, actions=ACTIONS):
+        self.rng, self.shape, self.actions = np.random.default_rng(seed), shape, actions
+
+    @staticmethod
+    def of(method, seed=0):
+        agent = method.agent
+        return Batches(seed, (agent.frame_shape[0] * agent.frame_stack, *agent.frame_shape[1:]), agent.actions)
+
+    def observations(self, n):
+        if len(self.shape) == 3:
+            return self.rng.integers(0, 256, (n, *self.shape), np.uint8)
+        return self.rng.standard_normal((n, *self.shape), np.float32)
 
     def sample(self, n):
         rng = self.rng
+        numbered = isinstance(self.actions, int)
         return types.SimpleNamespace(
-            observation=rng.integers(0, 256, (n, *SHAPE), np.uint8),
-            next_observation=rng.integers(0, 256, (n, *SHAPE), np.uint8),
-            action=rng.integers(0, ACTIONS, n),
+            observation=self.observations(n),
+            next_observation=self.observations(n),
+            action=rng.integers(0, ACTIONS, n) if numbered else rng.uniform(-1, 1, (n, *self.actions)).astype(np.float32),
             reward=rng.normal(size=n).astype(np.float32),
             discount=(0.99 * rng.integers(0, 2, n)).astype(np.float32),
         )
@@ -85,9 +140,9 @@ def test_only_the_contrastive_loss_trains_the_encoder(monkeypatch):
 
 def test_the_contrastive_loss_trains_encoder_and_projection_and_the_target_follows():
     method = apt()
-    encoder, projection, target = (parameters(m) for m in (method.agent.encoder, method.projection, method.agent.encoder_target))
+    encoder, projection, target = (parameters(m) for m in (method.agent.encoder, method.representation, method.agent.encoder_target))
     method.update(Batches())
-    assert not equal(encoder, method.agent.encoder) and not equal(projection, method.projection)
+    assert not equal(encoder, method.agent.encoder) and not equal(projection, method.representation)
     for old, ema, new in zip(target, method.agent.encoder_target.parameters(), method.agent.encoder.parameters(), strict=True):
         torch.testing.assert_close(ema, 0.95 * old + 0.05 * new.detach())
         assert not ema.requires_grad
@@ -203,7 +258,7 @@ def test_pool_of_views_averages_over_the_views():
 # metrics, state, transfer
 
 
-KEYS = {"q_loss", "q_target", "grad_norm", "epsilon"}
+KEYS = {"q_loss", "q_target", "grad_norm", "exploration"}
 
 
 @pytest.mark.parametrize("make", [apt, mini_apt])
@@ -231,14 +286,15 @@ def through_a_file(state, tmp_path):
     return torch.load(tmp_path / "state.pt", weights_only=True)
 
 
-@pytest.mark.parametrize("make", [apt, mini_apt, task])
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 def test_saved_and_loaded_it_goes_on_bit_equal(make, tmp_path):
-    first, batches = make(seed=0), Batches()
-    images = np.random.default_rng(1).integers(0, 256, (5, *SHAPE), np.uint8)
+    first = make(0)
+    batches = Batches.of(first)
+    images = Batches.of(first, 1).observations(5)
     for _ in range(3):
         first.act(step(images))
         first.update(batches)
-    second, same_batches = make(seed=7), copy.deepcopy(batches)
+    second, same_batches = make(7), copy.deepcopy(batches)
     second.load_state_dict(through_a_file(first.state_dict(), tmp_path))
     for _ in range(3):
         np.testing.assert_array_equal(first.act(step(images)), second.act(step(images)))
@@ -246,7 +302,7 @@ def test_saved_and_loaded_it_goes_on_bit_equal(make, tmp_path):
         assert all(torch.equal(a[name], b[name]) for name in a)
     x, y = first.state_dict(), second.state_dict()
     assert x["progress"]["steps"] == y["progress"]["steps"] == 30
-    for part in ("encoder", "encoder_target", "q", "q_target"):
+    for part in {"encoder", "encoder_target", "representation", "q", "q_target", "actor", "critic", "critic_target"} & x.keys():
         assert all(torch.equal(value, y[part][name]) for name, value in x[part].items())
 
 
@@ -269,12 +325,12 @@ def test_weights_depend_on_the_seed_alone():
     assert not equal(parameters(a.agent.encoder), c.agent.encoder)
 
 
-@pytest.mark.parametrize("method", [APT, Task])
-def test_transfer_tables_name_every_part_that_is_saved(method):
-    saved = (apt() if method is APT else task()).state_dict()
-    assert set(method.TRANSFER) == {"whole", "random-head", "frozen-encoder"}
-    for table in method.TRANSFER.values():
-        assert table.keys() == saved.keys() and set(table.values()) <= {LOAD, FREEZE, RESET}
+def test_transfer_tables_name_every_part_that_is_saved():
+    for make in MAKERS.values():
+        saved = (method := make(0)).state_dict()
+        assert set(method.TRANSFER) == {"whole", "random-head", "frozen-encoder"}
+        for table in method.TRANSFER.values():
+            assert table.keys() >= saved.keys() and set(table.values()) <= {LOAD, FREEZE, RESET}
 
 
 @pytest.mark.parametrize("rule", ["whole", "random-head", "frozen-encoder"])
@@ -333,7 +389,8 @@ def test_a_tasks_config_follows_the_pretrained_one():
 
 
 def test_acting_warms_up_uniformly_and_then_follows_q():
-    method, images = apt(learning_start=20, epsilon=0.0), np.random.default_rng(0).integers(0, 256, (10, *SHAPE), np.uint8)
+    method = apt(learning_start=20, learner=DrQConfig(hidden=12, tau=0.05, epsilon=0.0, epsilon_decay=0))
+    images = np.random.default_rng(0).integers(0, 256, (10, *SHAPE), np.uint8)
     shown = step(images)
     shown.is_last[0] = True  # nothing leaves it: it does not count
     warm_up = np.concatenate([method.act(shown) for _ in range(3)])
@@ -376,10 +433,123 @@ def test_captured_updates_equal_eager_ones(make):
     """Past the warm-up a GPU replays a graph: parameters, generators and metrics move as without it."""
     config = replace(APTConfig() if make is APT else TaskConfig(), encoder=SMALL, precision="fp32", learner=DrQConfig(hidden=12, tau=0.05))
     captured, eager = (make(config, SHAPE, ACTIONS, device="cuda", seed=0) for _ in range(2))
-    eager.captured.WARM_UP = 100
+    eager.captured[True].WARM_UP = 100
     a, b = Batches(), Batches()
     for _ in range(8):
         x, y = captured.update(a), eager.update(b)
         for name in x:
             torch.testing.assert_close(x[name], y[name], rtol=1e-3, atol=1e-4)
-    assert captured.captured.graph is not None and eager.captured.graph is None
+    assert captured.captured[True].graph is not None and eager.captured[True].graph is None
+
+
+# continuous control
+
+
+def test_icm_is_two_norms_on_one_trunk():
+    """Slow and in float64: what predicts o_{t+m} from (o_t, a), and a from both; the norm of each error, averaged over the batch."""
+    method = urlb()
+    icm, b = copy.deepcopy(method.representation).double(), Batches.of(method).sample(8)
+    obs, action, following = (torch.from_numpy(x).double() for x in (b.observation, b.action, b.next_observation))
+
+    def dense(layer, x):
+        return x @ layer.weight.T + layer.bias
+
+    def trunk(x):
+        x = dense(icm.trunk.linear, x)
+        return torch.tanh((x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt())
+
+    def mlp(layers, x):
+        return dense(layers[2], dense(layers[0], x).clamp(min=0))
+
+    h, h_next = trunk(obs), trunk(following)
+    forward = (h_next - mlp(icm.forward_model, torch.cat([h, action], 1))).square().sum(1).sqrt().mean()
+    inverse = (action - torch.tanh(mlp(icm.inverse_model, torch.cat([h, h_next], 1)))).square().sum(1).sqrt().mean()
+    metrics = method.update(types.SimpleNamespace(sample=lambda n: b))
+    torch.testing.assert_close(metrics["forward_error"].double(), forward, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(metrics["inverse_error"].double(), inverse, rtol=1e-4, atol=1e-5)
+    particles = method.representation.particles(torch.from_numpy(b.next_observation)).detach().double()  # of the next, after the step
+    distance = (particles[:, None] - particles[None]).square().sum(-1).sqrt().sort(1).values[:, :4].mean(1)
+    torch.testing.assert_close(metrics["intrinsic_reward"].double(), torch.log(1 + distance).mean(), rtol=1e-4, atol=1e-5)
+
+
+def test_numbered_actions_are_read_off_by_cross_entropy():
+    icm = ICM(ICMConfig(6, 12), 7, 3)
+    features, following, action = torch.randn(8, 7), torch.randn(8, 7), torch.randint(3, (8,))
+    _, metrics = icm(features, action, [following])
+    h, h_next = icm.trunk(features), icm.trunk(following)
+    log_p = torch.log_softmax(icm.inverse_model(torch.cat([h, h_next], -1)), -1)
+    torch.testing.assert_close(metrics["inverse_error"], -log_p[torch.arange(8), action].mean().detach())
+    predicted = icm.forward_model(torch.cat([h, torch.eye(3)[action]], -1))
+    torch.testing.assert_close(metrics["forward_error"], (h_next - predicted).norm(dim=-1).mean().detach())
+
+
+@pytest.mark.parametrize("make", [lambda **c: urlb(shape=PIXELS, **c), paper_dmc, lambda **c: apt(**c)], ids=["urlb", "paper, dmc", "apt"])
+def test_who_trains_the_encoder(make, monkeypatch):
+    """The representation's loss alone, or in the paper's ablations that of Q alone, or nothing."""
+    for encoder_learns, representation_moves in [("representation", True), ("q", False), ("never", False)]:
+        method = make(encoder_learns=encoder_learns)
+        encoder, representation = parameters(method.agent.encoder), parameters(method.representation)
+        seen, update = [], method.agent.learner.update
+        monkeypatch.setattr(method.agent.learner, "update", lambda *given, seen=seen, update=update: seen.append(given) or update(*given))
+        method.update(Batches.of(method))
+        assert equal(representation, method.representation) != representation_moves
+        assert equal(encoder, method.agent.encoder) == (encoder_learns == "never")
+        online = seen[0][2]
+        assert all((view.grad is not None) == (encoder_learns == "q") for view in online)
+
+
+def test_without_its_own_loss_the_encoder_gets_the_gradient_of_q_alone():
+    still = dict(augment=replace(APTConfig.urlb().augment, shift=0), learner=replace(DDPG, sigma=0.0, sigma_final=0.0))
+    method = urlb(shape=PIXELS, encoder_learns="q", **still)
+    agent, b = method.agent, Batches.of(method).sample(8)
+    encoder, critic, errors = copy.deepcopy(agent.encoder), copy.deepcopy(agent.learner.critic), []
+    update = agent.learner.update
+    agent.learner.update = lambda b, r, online, target: errors.append((b, r, target)) or update(b, r, online, target)
+    method.update(types.SimpleNamespace(sample=lambda n: b))
+    mine = [p.grad for p in agent.encoder.parameters()]
+    (batch, reward, target), learner = errors[0], urlb(shape=PIXELS).agent.learner  # as it was: same seed
+    with torch.no_grad():
+        y = reward + batch.discount * learner.critic_target(target[0][1], torch.tanh(learner.actor(target[0][0]))).amin(0)
+    (critic(encoder(torch.from_numpy(b.observation) / 255), batch.action) - y).square().mean(1).sum().backward()
+    for gradient, p in zip(mine, encoder.parameters(), strict=True):
+        torch.testing.assert_close(gradient, p.grad, rtol=2e-3, atol=1e-6)
+
+
+def test_ablations_of_the_reward():
+    z = torch.randn(400, 3, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    reward, distance = ParticleReward(ParticleConfig(k=12, neighbours="random", scale="none"), CPU)(z)
+    mean = torch.cdist(z, z).mean(1)  # what a random neighbour is away, on average
+    assert abs((distance - mean).mean()) < 0.02 and (distance - mean).std() > 0.1
+    torch.testing.assert_close(reward, torch.log(1 + distance))
+    reward, distance = ParticleReward(ParticleConfig(neighbours="none"), CPU)(z)
+    assert reward.tolist() == [1] * 400 and distance.shape == (400,)
+
+
+def test_what_a_method_cannot_do_is_said_at_the_start():
+    with pytest.raises(ValueError, match="the contrastive loss compares views of images"):
+        urlb(representation=ContrastiveConfig())
+    with pytest.raises(ValueError, match="DrQConfig takes numbered actions, and this environment's actions are vectors"):
+        APT(APTConfig(), SHAPE, (2,))
+    with pytest.raises(ValueError, match="DDPGConfig takes vectors, and this environment's actions are numbers"):
+        APT(APTConfig.urlb(), (7,), 3, frame_stack=1)
+
+
+@pytest.mark.parametrize("make", [urlb, paper_dmc, control], ids=["urlb", "paper", "task"])
+def test_continuous_actions_are_uniform_at_first_and_then_the_policys(make):
+    method = make(learning_start=20)
+    shown = step(Batches.of(method).observations(10))
+    warm_up = np.concatenate([method.act(shown) for _ in range(2)])
+    assert warm_up.dtype == np.float32 and warm_up.shape == (20, 2) and np.abs(warm_up).max() <= 1 and warm_up.std() > 0.4
+    mean = method.act(shown, explore=False)
+    np.testing.assert_array_equal(mean, method.act(shown, explore=False))
+    assert 0 < np.abs(method.act(shown) - mean).mean() < 1.5 and method.agent.steps == 30
+
+
+def test_skills_are_appended_to_the_features():
+    method = control()
+    seen, act = [], method.agent.learner.act
+    method.agent.learner.act = lambda features, *rest: seen.append(features) or act(features[:, :7], *rest)
+    observations, skill = Batches.of(method).observations(4), np.ones((4, 3), np.float32)
+    method.agent.act(step(observations), explore=False, skill=skill)
+    torch.testing.assert_close(seen[0], torch.from_numpy(np.concatenate([observations, skill], 1)))

@@ -9,7 +9,6 @@ from torch import nn
 from urlfast.device import Arithmetic, adam
 from urlfast.learners.drq import DrQ, DrQConfig, drq_target, q_error
 from urlfast.losses import huber
-from urlfast.methods.pixel_agent import linear_epsilon
 from urlfast.nets.heads import DuelingQ
 
 A, F, B = 3, 6, 5
@@ -125,10 +124,9 @@ def test_acting_is_greedy_or_uniform_over_all_actions():
     assert 0.15 < (mixed != greedy).mean() < 0.25  # 0.3 * 2/3
 
 
-def test_epsilon_waits_then_falls_linearly():
-    schedule = [linear_epsilon(steps, 1600, 5000, 0.1) for steps in (0, 1599, 1600, 4100, 6600, 10**6)]
-    np.testing.assert_allclose(schedule, [1, 1, 1, 0.55, 0.1, 0.1])
-    assert linear_epsilon(1600, 1600, 0, 0.01) == pytest.approx(0.01)
+def test_epsilon_falls_linearly():
+    np.testing.assert_allclose([learner().exploration(steps) for steps in (0, 2500, 5000, 10**6)], [1, 0.55, 0.1, 0.1])
+    assert learner(epsilon=0.01, epsilon_decay=0).exploration(0) == pytest.approx(0.01)
 
 
 def test_saved_and_loaded_it_goes_on_bit_equal():

@@ -10,13 +10,12 @@ from urlfast.nets.encoders import EncoderConfig
 
 CONFIG = TaskConfig(
     encoder=EncoderConfig(conv=((16, 4, 2), (32, 4, 2), (32, 3, 2))),
-    learner=DrQConfig(hidden=128, lr=5e-4, tau=0.01),
+    learner=DrQConfig(hidden=128, lr=5e-4, tau=0.01, epsilon_decay=2000),
     online_views=2,
     target_views=2,
     n_step=3,
     updates_per_step=0.5,
     learning_start=200,
-    epsilon_decay=2000,
     augment=AugmentConfig(shift=2, intensity=0.05),
 )
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from urlfast.learners.drq import DrQConfig
-from urlfast.methods.apt import APT, APTConfig
+from urlfast.methods.apt import APT, APTConfig, ContrastiveConfig
 from urlfast.nets.encoders import EncoderConfig
 
 sys.path.append(str(Path(__file__).parents[1]))
@@ -24,7 +24,7 @@ def pair(lr):
     config = replace(
         mini,
         encoder=EncoderConfig(conv=CONV),
-        projection=(6,),
+        representation=ContrastiveConfig((6,)),
         reward=replace(mini.reward, k=K),
         learner=DrQConfig(hidden=12, tau=0.01, adam_eps=1e-8, lr=lr, grad_clip=1e9),
         lr=lr,
@@ -78,7 +78,7 @@ def test_mini_apt_takes_our_contrastive_step():
     for mine, theirs in ((ours.agent.encoder, peer.encoder), (ours.agent.encoder_target, peer.encoder_target)):
         for a, b in zip(mine.conv, (theirs.conv[0], theirs.conv[2]), strict=True):
             torch.testing.assert_close(a.weight.contiguous(), b.weight, rtol=1e-3, atol=2e-5)
-    torch.testing.assert_close(ours.projection[0].weight, peer.encoder.head.weight, rtol=1e-3, atol=2e-5)
+    torch.testing.assert_close(ours.representation.projection[0].weight, peer.encoder.head.weight, rtol=1e-3, atol=2e-5)
 
 
 def test_mini_replay_hands_out_both_views_of_each_transition():

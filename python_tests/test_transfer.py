@@ -43,7 +43,7 @@ def test_rules(pretrained, tmp_path, capsys, rule, loaded, frozen):
         assert same(last[part], source[part]) == (part in frozen), part
         said = "loaded and frozen" if part in frozen else "loaded" if part in loaded else "begins anew"
         assert any(line.split() == [part, *said.split()] for line in out.splitlines()), out
-    assert any(line.split() == ["projection", "not", "used"] for line in out.splitlines()), out
+    assert any(line.split() == ["representation", "not", "used"] for line in out.splitlines()), out
     assert run.config["transfer"] == {"run": str(pretrained.folder), "method": "apt", "step": 40, "rule": rule}
     assert run.name.startswith(f"apt-transfer-{rule}-atari-pong-s1") and run.config["method"] == "drq"
 

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ import torch
 
 from urlfast import Field, SequenceReplay, train
 from urlfast.envs import Episodes, FrameStack, VectorEnv
+from urlfast.envs.atari import rom_id
 from urlfast.run import Run
 
 
@@ -27,11 +28,18 @@ class CorridorConfig:
     num_envs: int = 2  # corridors
     length: int = 5  # actions of an episode
 
+    @property
+    def name(self):
+        return rom_id(self.game)
+
+    def playing(self, game):
+        return replace(self, game=rom_id(game))
+
 
 class Corridor(VectorEnv):
     """Every frame shows how far the episode is; action 1 pays 3. Nothing is random, so a run can be compared with itself."""
 
-    frame_shape, observation_shape, frame_stack, action_repeat, num_actions = (1, 8, 8), (2, 8, 8), 2, 4, 2
+    frame_shape, observation_shape, frame_stack, action_repeat, num_actions, fps = (1, 8, 8), (2, 8, 8), 2, 4, 2, 15
 
     def __init__(self, config, *, seed=0, num_envs=None, evaluation=False):
         self.num_envs, self.length, self._seed = num_envs or config.num_envs, config.length, seed

@@ -32,7 +32,8 @@ from urlfast.run import Run, read_metrics
 UPDATES_PER_STEP, LEARNING_START, ENVS, LOG_EVERY = 0.1, 100, 2, 10
 OPTIONS = f"""
     --env.num-envs {ENVS} --env.frame-size 48 --env.workers 1 --device cpu --steps 1000000 --log-every {LOG_EVERY} --checkpoint-every 30
-    --keep 2 --batch-size 2 --reward.k 2 --learner.hidden 16 --encoder.features 4 --projection 8 --updates-per-step {UPDATES_PER_STEP}
+    --keep 2 --batch-size 2 --reward.k 2
+    --learner.hidden 16 --encoder.features 4 --representation.projection 8 --updates-per-step {UPDATES_PER_STEP}
     --learning-start {LEARNING_START} --replay-capacity 4000
 """.split()
 BEGIN = ["apt", "atari", *OPTIONS]

@@ -122,6 +122,8 @@ class Augment:
         """images: (B, C, H, W) uint8. Returns (copies * B, C, H, W): view m of image b in row m * B + b."""
         config = self.config
         shifted = random_shift(images, config.shift, copies=copies, generator=self.generator, memory_format=memory_format)
+        if not (config.jitter or config.jitter_hue if self.rgb else config.intensity):
+            return to_float(shifted, dtype, memory_format)
         if self.rgb:
             views = to_float(shifted, dtype, memory_format)
             return color_jitter(views, config.jitter, config.jitter_hue, config.jitter_probability, generator=self.generator)

@@ -3,12 +3,14 @@
 A lost life never ends an evaluation episode, rewards are not clipped, and each environment plays a fixed share of the episodes: taking
 those that finish first would favour the short ones. Coverage is the number of distinct 128-byte RAM contents seen at agent steps, and,
 where it is known which bytes hold the player's room and position, of distinct places: timers make most contents new, places they do not.
+Where the environment shows its physics, coverage is the particle entropy of the physical states: how far they lie from each other.
 
 results.json: method, game, seed, and `evaluations`, each of one policy at one number of training frames by one protocol:
 
     policy "agent" | "random"   step, frames (of training)   returns [...], lengths [...] (one an episode)   mean, human_normalised
     coverage [[frames played, distinct states], ...]         unique_states within frames_of_unique_states, which both policies reached
     places   [[frames played, distinct places], ...]         unique_places likewise; null where the bytes are not known
+    state_entropy   of physical states; success   share of episodes with a return above 0; expert_normalised   URLB's; null where unknown
     protocol {epsilon, episodes, num_envs, seed, ...}        versions, hardware: by which, and with what, it was played
 """
 
@@ -27,8 +29,9 @@ import av
 import numpy as np
 import tyro
 
-from urlfast import stats
+from urlfast import knn, stats
 from urlfast.checkpoint import read_at, read_latest
+from urlfast.envs.dmc_tasks import is_sparse
 from urlfast.info import hardware
 from urlfast.run import Run, UsageError, command, read_json, versions, write_json
 from urlfast.train import DOMAINS, load, make_method, refusals
@@ -46,8 +49,8 @@ PLACE = {  # bytes of the RAM that say where the player is: room, x, y, as far a
 @dataclass(frozen=True)
 class EvaluateConfig:
     runs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN [RUN ...]")]  # folders, or names under runs/
-    episodes: int = 100  # of each policy, shared out evenly among the environments
-    epsilon: float = 0.001  # probability of a random action; DrQ published 0.05
+    episodes: int | None = None  # of each policy, shared out evenly among the environments; None: 100 on Atari, 10 elsewhere
+    epsilon: float = 0.001  # probability of a random one where actions are numbers, DrQ published 0.05; vectors are the policy's mean
     num_envs: int = 8  # environments that play in parallel
     checkpoint: str = "latest"  # latest, or the step of one of the run's checkpoints
     seed: int = 10_000  # of the games and of the random actions
@@ -56,6 +59,8 @@ class EvaluateConfig:
 
     def __post_init__(self):
         for name, least in dict(episodes=1, num_envs=1, seed=0).items():
+            if getattr(self, name) is None:
+                continue
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: must be at least {least}, got {getattr(self, name)}")
             if getattr(self, name) >= 2**31:
@@ -75,6 +80,7 @@ class Played:
     lengths: list[int] = field(default_factory=list)
     coverage: list[tuple[int, int]] = field(default_factory=list)  # frames played, distinct states so far: after every step
     places: list[tuple[int, int]] = field(default_factory=list)  # the same of places
+    physics: list[np.ndarray] = field(default_factory=list)  # (environments, P): after every step
     frames: int = 0
     seconds: float = 0.0
 
@@ -102,6 +108,8 @@ def play(
             if place:
                 places.update(map(bytes, step.ram[active][:, place]))
                 played.places.append((played.frames, len(places)))
+        if step.physics is not None:
+            played.physics.append(step.physics[active])
         if not counted.any() and played.frames >= frames:
             break
         after = env.step(policy(step))
@@ -120,21 +128,41 @@ def fingerprints(ram: np.ndarray) -> list[bytes]:
     return [hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in ram]
 
 
+def particle_entropy(*samples: np.ndarray, k: int = 12, most: int = 5_000) -> list[float]:
+    """mean log of the mean distance to the k nearest other states, of each sample of states (N, P), of which `most` are drawn.
+
+    Each number of a state is divided by its standard deviation over all samples, so their entropies compare with each other alone.
+    """
+    scale = np.concatenate(samples).std(0)
+    random, entropies = np.random.default_rng(0), []
+    for sample in samples:
+        states = random.permutation(sample)[:most] / np.where(scale > 0, scale, 1)
+        distances, _ = knn(states, k=min(k, len(states) - 1), include_self=False)
+        entropies.append(float(np.log(distances.mean(-1).clip(1e-6)).mean()))
+    return entropies
+
+
 def thinned(curve: list, points: int = 500) -> list:
     return curve[:: len(curve) // points + 1] + curve[-1:]
 
 
-def greedy(method, epsilon: float, num_actions: int, random: np.random.Generator) -> Callable:
+def greedy(method, epsilon: float, actions: int | tuple[int, ...], random: np.random.Generator) -> Callable:
+    """What the method would do, but at random with probability `epsilon` where actions are numbers."""
+    at_random = uniform(actions, random)
+
     def policy(step):
         action = method.act(step, explore=False)
-        at_random = random.random(len(action)) < epsilon
-        return np.where(at_random, random.integers(0, num_actions, len(action)), action)
+        if not isinstance(actions, int):
+            return action
+        return np.where(random.random(len(action)) < epsilon, at_random(step), action)
 
     return policy
 
 
-def uniform(num_actions: int, random: np.random.Generator) -> Callable:
-    return lambda step: random.integers(0, num_actions, len(step.is_last))
+def uniform(actions: int | tuple[int, ...], random: np.random.Generator) -> Callable:
+    if isinstance(actions, int):
+        return lambda step: random.integers(0, actions, len(step.is_last))
+    return lambda step: random.uniform(-1, 1, (len(step.is_last), *actions)).astype(np.float32)
 
 
 class Video:
@@ -175,7 +203,8 @@ class Video:
 # The command ---------------------------------------------------------------------------------------------------------
 
 
-FORCED = {"life_loss_terminal": False, "backend": "processes"}  # whatever the run's options say, when environments are made for evaluation
+FORCED = {"atari": {"life_loss_terminal": False, "backend": "processes"}}  # whatever the run's options say, in evaluation
+EPISODES = {"atari": 100}  # 10 elsewhere
 
 
 def evaluate(options: EvaluateConfig) -> None:
@@ -190,26 +219,23 @@ def measure(run: Run, options: EvaluateConfig) -> None:
     saved = run.config
     method, domain, config = load(saved)
     checkpoint = read_latest(run.folder) if options.checkpoint == "latest" else read_at(run.folder, options.checkpoint)
-    game = config.env.game
+    game, episodes = config.env.name, options.episodes or EPISODES.get(domain, 10)
     place = PLACE.get(game, ())
     with refusals():
-        env = DOMAINS[domain](config.env, num_envs=min(options.num_envs, options.episodes), evaluation=True, seed=options.seed)
+        env = DOMAINS[domain](config.env, num_envs=min(options.num_envs, episodes), evaluation=True, seed=options.seed)
     with closing(env):
         agent = make_method(method, replace(config, device=options.device), env)
         with checkpoint.fitting():
             agent.load_state_dict(checkpoint.state["method"])
-        print(f"{run.folder}, step {checkpoint.step:,}: {options.episodes} episodes of {game} by each policy", flush=True)
+        print(f"{run.folder}, step {checkpoint.step:,}: {episodes} episodes of {game} by each policy", flush=True)
         random = np.random.default_rng(options.seed)
-        policy = greedy(agent, options.epsilon, env.num_actions, random)
-        with (
-            Video(run.folder / "videos" / f"step-{checkpoint.step:09d}.mp4", 60 / env.action_repeat)
-            if options.video
-            else nullcontext() as video
-        ):
-            mine = play(env, policy, options.episodes, options.seed, place=place, watch=video and video.watch)
-        theirs = play(env, uniform(env.num_actions, random), options.episodes, options.seed, place=place, frames=mine.frames)
+        policy = greedy(agent, options.epsilon, env.actions, random)
+        with Video(run.folder / "videos" / f"step-{checkpoint.step:09d}.mp4", env.fps) if options.video else nullcontext() as video:
+            mine = play(env, policy, episodes, options.seed, place=place, watch=video and video.watch)
+        theirs = play(env, uniform(env.actions, random), episodes, options.seed, place=place, frames=mine.frames)
     equal = min(mine.frames, theirs.frames)
-    protocol = asdict(config.env) | FORCED | {"num_envs": env.num_envs, "episodes": options.episodes, "seed": options.seed}
+    entropies = particle_entropy(*(np.concatenate(played.physics) for played in (mine, theirs))) if mine.physics else (None, None)
+    protocol = asdict(config.env) | FORCED.get(domain, {}) | {"num_envs": env.num_envs, "episodes": episodes, "seed": options.seed}
     entries = [
         {
             "policy": name,
@@ -220,6 +246,9 @@ def measure(run: Run, options: EvaluateConfig) -> None:
             "hardware": hardware(),
             "mean": float(np.mean(played.returns)),
             "human_normalised": human_normalised(game, played),
+            "expert_normalised": float(np.mean(played.returns)) / stats.URLB_EXPERT[game] if game in stats.URLB_EXPERT else None,
+            "success": float(np.mean(np.array(played.returns) > 0)) if domain == "dmc" and is_sparse(game) else None,
+            "state_entropy": entropy,
             "unique_states": count_at(played.coverage, equal),
             "unique_places": count_at(played.places, equal),
             "frames_of_unique_states": equal,
@@ -230,7 +259,7 @@ def measure(run: Run, options: EvaluateConfig) -> None:
             "places": thinned(played.places),
             "seconds": played.seconds,
         }
-        for name, epsilon, played in (("agent", options.epsilon, mine), ("random", 1.0, theirs))
+        for name, epsilon, played, entropy in zip(("agent", "random"), (options.epsilon, 1.0), (mine, theirs), entropies, strict=True)
     ]
     write_results(run, saved, config, entries)
     print(table(entries))
@@ -261,7 +290,7 @@ def write_results(run: Run, saved: dict, config, entries: list[dict]) -> None:
     new = {key(entry) for entry in json.loads(json.dumps(entries))}
     results = {key: saved.get(key) for key in ("method", "domain", "preset", "transfer") if key in saved}
     results |= {
-        "game": config.env.game,
+        "game": config.env.name,
         "seed": config.seed,
         "evaluations": [entry for entry in before if key(entry) not in new] + entries,
     }
@@ -269,33 +298,38 @@ def write_results(run: Run, saved: dict, config, entries: list[dict]) -> None:
 
 
 def table(entries: list[dict]) -> str:
-    rows = [("policy", "score", "median", "human-normalised", "unique states", "places", "steps an episode")]
-    for entry in entries:
-        hns, states, places = entry["human_normalised"], entry["unique_states"], entry["unique_places"]
+    def mean(entry):
         several = len(entry["returns"]) > 1
         error = f"{np.std(entry['returns'], ddof=1) / len(entry['returns']) ** 0.5:.1f}" if several else "n/a"
-        rows.append(
-            (
-                entry["policy"],
-                f"{entry['mean']:,.1f} ± {error}",
-                f"{np.median(entry['returns']):,.1f}",
-                "n/a" if hns is None else f"{100 * hns:.1f} %",
-                "n/a" if states is None else f"{states:,}",
-                "n/a" if places is None else f"{places:,}",
-                f"{np.mean(entry['lengths']):,.0f}",
-            )
-        )
+        return f"{entry['mean']:,.1f} ± {error}"
+
+    columns = {
+        "policy": lambda entry: entry["policy"],
+        "score": mean,
+        "median": lambda entry: f"{np.median(entry['returns']):,.1f}",
+        "human-normalised": lambda entry: entry["human_normalised"] and f"{100 * entry['human_normalised']:.1f} %",
+        "of URLB's expert": lambda entry: entry["expert_normalised"] and f"{100 * entry['expert_normalised']:.1f} %",
+        "episodes above 0": lambda entry: entry["success"] and f"{100 * entry['success']:.0f} %",
+        "unique states": lambda entry: entry["unique_states"] and f"{entry['unique_states']:,}",
+        "places": lambda entry: entry["unique_places"] and f"{entry['unique_places']:,}",
+        "state entropy": lambda entry: entry["state_entropy"] and f"{entry['state_entropy']:.2f}",
+        "steps an episode": lambda entry: f"{np.mean(entry['lengths']):,.0f}",
+    }
+    rows = [(name, *(cell(entry) for entry in entries)) for name, cell in columns.items()]
+    rows = list(zip(*[[cell or "0" for cell in column] for column in rows if any(cell is not None for cell in column[1:])], strict=True))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True)))
         for row in rows
     ]
-    episodes, frames = len(entries[0]["returns"]), entries[0]["frames_of_unique_states"]
-    note = (
-        f"score: mean of {episodes} episodes ± its standard error, unclipped\n"
-        f"states: distinct RAM contents in the first {frames:,} frames, timers included; places: distinct rooms and positions of the player"
-    )
-    return "\n".join([*lines, note])
+    first = entries[0]
+    notes = [f"score: mean of {len(first['returns'])} episodes ± its standard error, unclipped"]
+    if first["unique_states"] is not None:
+        seen = f"states: distinct RAM contents in the first {first['frames_of_unique_states']:,} frames, timers included"
+        notes.append(f"{seen}; places: distinct rooms and positions of the player")
+    if first["state_entropy"] is not None:
+        notes.append("state entropy: mean log distance of a physical state to its 12 nearest, in units of the spread of all")
+    return "\n".join([*lines, *notes])
 
 
 def run_evaluate(argv: list[str]) -> None:

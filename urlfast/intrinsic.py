@@ -15,7 +15,8 @@ class ParticleConfig:
     """The particle-entropy reward r = log(c + mean_k d) and its scale."""
 
     k: int = 16  # neighbours, the particle itself among them as in every release [mini_apt on Atari; urlb takes 12 on DMC]
-    neighbours: Literal["mean", "kth"] = "mean"  # mean over the k, or the k-th alone
+    neighbours: Literal["mean", "kth", "random", "none"] = "mean"  # mean over the k, or the k-th alone
+    # the paper's ablations: random, the distance to a particle drawn at random; none, the same positive reward for all
     c: float = 1.0  # added to the distance before the log, which keeps it finite; 1: no reward is below 0 [APT, eq. 4]
     scale: Literal["distance-mean", "distance-var", "reward-mean", "none"] = "distance-mean"  # running statistic that divides
     # distance-mean, -var: distances over their running mean (URLB's PBE) or variance (mini_apt, CIC), before the log;
@@ -41,8 +42,14 @@ class ParticleReward:
 
         distance: what the reward is made of, in the units of z. update: the running statistic takes this batch in first.
         """
-        config = self.config
-        distances, _ = knn(z.detach(), k=config.k)  # (B, k)
+        config, z = self.config, z.detach()
+        if config.neighbours == "none":
+            return torch.ones(len(z), device=z.device), torch.zeros(len(z), device=z.device)
+        if config.neighbours == "random":
+            others = torch.randint(len(z), (config.k, len(z)), device=z.device)
+            distances = torch.stack([torch.linalg.vector_norm(z - z[other], dim=-1) for other in others], -1)
+        else:
+            distances, _ = knn(z, k=config.k)  # (B, k)
         if config.neighbours == "kth":
             distances = distances[:, -1:].contiguous()  # the statistic sees no other
         scaled = self._divided(distances, update) if config.scale.startswith("distance") else distances

@@ -466,7 +466,7 @@ def _is_number(value) -> bool:
 class Progress:
     """One line: steps, rate, time left, the numbers that matter. Live on a terminal; else printed now and then, with a logged line."""
 
-    SHOWN = ("score", "q_loss", "contrastive_loss", "contrastive_accuracy", "intrinsic_reward", "knn_distance", "epsilon")
+    SHOWN = ("score", "q_loss", "critic_loss", "contrastive_accuracy", "inverse_error", "intrinsic_reward", "knn_distance", "exploration")
     PRINT_EVERY = 10.0  # seconds
 
     def __init__(self, total: int, learning_start: int = 0, stream=None):

@@ -34,6 +34,13 @@ ATARI_26 = (  # the games of the 100k benchmark
 )  # fmt: skip
 
 
+URLB_EXPERT: dict[str, float] = {  # returns of DDPG after 2M frames of the task, by which URLB divides
+    "walker_stand": 984, "walker_walk": 971, "walker_run": 796, "walker_flip": 799,
+    "quadruped_walk": 866, "quadruped_run": 888, "quadruped_stand": 920, "quadruped_jump": 888,
+    "jaco_reach_top_left": 191, "jaco_reach_top_right": 223, "jaco_reach_bottom_left": 193, "jaco_reach_bottom_right": 203,
+}  # fmt: skip
+
+
 def human_normalised_score(game, score):
     """(score - random) / (human - random): 0 is random play, 1 the human tester; a float or an array like `score`.
 

@@ -5,6 +5,7 @@ To add a method or a domain, import it and give it a line in METHODS or DOMAINS,
 
 from __future__ import annotations
 
+import re
 import signal
 import sys
 import time
@@ -20,7 +21,9 @@ import tyro
 
 from urlfast.checkpoint import Checkpoint, Checkpoints, read_latest
 from urlfast.device import keep_freed_memory
-from urlfast.envs.atari import AtariConfig, make_atari, rom_id
+from urlfast.envs.atari import AtariConfig, make_atari
+from urlfast.envs.dmc import DMCConfig, make_dmc
+from urlfast.envs.gym import make_gym
 from urlfast.info import hardware
 from urlfast.methods.apt import APT, APTConfig
 from urlfast.methods.task import Task, TaskConfig
@@ -61,14 +64,21 @@ class TrainConfig:
                 raise ValueError(f"{name}: must be less than 2^63, got {getattr(self, name)}")
 
 
-METHODS = {"apt": APT, "drq": Task}
-DOMAINS = {"atari": make_atari}
+METHODS = {"apt": APT, "drq": Task, "drq-sac": Task, "ddpg": Task}
+DOMAINS = {"atari": make_atari, "dmc": make_dmc, "gym": make_gym}
+PIXELS = DMCConfig(observation="pixels")
 PRESETS = {  # the first of a pair is its default
     ("apt", "atari"): {
         "paper": TrainConfig(APTConfig(), AtariConfig(), steps=250_000_000),
         "mini_apt": TrainConfig(APTConfig.mini_apt(), AtariConfig(), steps=100_000_000),
     },
+    ("apt", "dmc"): {
+        "urlb": TrainConfig(APTConfig.urlb(), DMCConfig(), steps=2_000_000),
+        "paper": TrainConfig(APTConfig.dmc(), PIXELS, steps=5_000_000),
+    },
     ("drq", "atari"): {"paper": TrainConfig(TaskConfig(), AtariConfig(num_envs=1), steps=100_000)},
+    ("drq-sac", "dmc"): {"paper": TrainConfig(TaskConfig.sac(), replace(PIXELS, task="walker_walk", num_envs=1), steps=250_000)},
+    ("ddpg", "dmc"): {"urlb": TrainConfig(TaskConfig.ddpg(), DMCConfig(task="walker_walk", num_envs=1), steps=2_000_000)},
 }
 
 
@@ -134,8 +144,8 @@ def train(run: Run, config: TrainConfig, method, env, replay, counters: Counters
                 "is_first": step.is_first,
                 "is_last": step.is_last,
             }
+            method.observe(rows)  # which may add columns of its own
             replay.add(rows)
-            method.observe(rows)
             before = counters.steps
             counters.steps += int(np.count_nonzero(~step.is_last))  # nothing leaves a last observation
             counters.episodes += int(np.count_nonzero(after.is_last))
@@ -256,9 +266,7 @@ def make(method: str, domain: str, config: TrainConfig):
 
 def make_method(method: str, config: TrainConfig, env):
     device = chosen_device(config.device)
-    return METHODS[method](
-        config.method, env.observation_shape, env.num_actions, device=device, seed=config.seed, frame_stack=env.frame_stack
-    )
+    return METHODS[method](config.method, env.observation_shape, env.actions, device=device, seed=config.seed, frame_stack=env.frame_stack)
 
 
 @contextmanager
@@ -273,7 +281,7 @@ def refusals():
 def start(method: str, domain: str, preset: str, config: TrainConfig, *, name: str = "", prepare=lambda agent: None, **noted) -> int:
     """A new run. `name` begins its folder's; `prepare` is done to its method before anything else; `noted` goes into config.json."""
     with refusals():
-        config = replace(config, env=replace(config.env, game=rom_id(config.env.game)))
+        config = replace(config, env=config.env.playing(config.env.name))
     agent, env = make(method, domain, config)
     with closing(env):
         with refusals():
@@ -284,7 +292,8 @@ def start(method: str, domain: str, preset: str, config: TrainConfig, *, name: s
         seconds = seconds_per_update(trial, env)
         noted["hardware"] = f"{chosen_device(config.device).type}: {hardware()}"
         saved = {"method": method, "domain": domain, "preset": preset, "config": asdict(config), **noted}
-        run = Run.create(config.runs, f"{name or f'{method}-{domain}'}-{config.env.game}-s{config.seed}", saved)
+        world = re.sub(r"[^\w.-]+", "_", config.env.name)
+        run = Run.create(config.runs, f"{name or f'{method}-{domain}'}-{world}-s{config.seed}", saved)
         with run.locked():
             print(cost(run, config, agent, trial, env, replay, seconds), flush=True)
             stopped = train(run, config, agent, env, replay, Counters(), Checkpoints(run.folder, config.keep))
@@ -371,11 +380,15 @@ def farewell(run: Run, stopped: str | None) -> int:
 def seconds_per_update(agent, env) -> float:
     """Measured here, on noise; the method has then learned it."""
     replay = agent.make_replay(1, ROWS := 512)
-    random = np.random.default_rng(0)
+    random, pixels = np.random.default_rng(0), len(env.frame_shape) == 3
+    action = np.zeros(1, np.int64) if isinstance(env.actions, int) else np.zeros((1, *env.actions), np.float32)
     for row in range(ROWS):
-        frame = random.integers(0, 256, (1, *env.frame_shape), np.uint8)
-        rows = {"observation": frame, "action": np.zeros(1, np.int64), "reward": np.zeros(1, np.float32), "is_first": np.array([row == 0])}
-        replay.add(rows | dict.fromkeys(("terminated", "is_last"), np.zeros(1, bool)))
+        shape = (1, *env.frame_shape)
+        frame = random.integers(0, 256, shape, np.uint8) if pixels else random.standard_normal(shape, np.float32)
+        rows = {"observation": frame, "action": action, "reward": np.zeros(1, np.float32), "is_first": np.array([row == 0])}
+        rows |= dict.fromkeys(("terminated", "is_last"), np.zeros(1, bool))
+        agent.observe(rows)
+        replay.add(rows)
     warm_up, timed = (5, 5) if torch.cuda.is_available() else (1, 3)  # a GPU captures the update first
     for _ in range(warm_up):
         metrics = agent.update(replay)
@@ -401,7 +414,7 @@ def counted(n: int, what: str) -> str:
 def cost(run: Run, config: TrainConfig, agent, trial, env, replay, seconds: float) -> str:
     """What the run will take, said before it begins. trial: such an agent that has made updates, whose optimisers are therefore whole."""
     updates = int(agent.config.updates_per_step * max(0, config.steps - agent.config.learning_start))
-    row = int(np.prod(env.frame_shape)) + 15  # the frame, action, reward and three flags
+    row = replay.bytes / replay.capacity
     rows = min(replay.capacity, config.steps)
     on_disk = min(rows + config.keep * config.checkpoint_every, config.steps) * row  # older checkpoints keep rows that the ring has lost
     on_disk += (config.keep + 1) * tensor_bytes(trial.state_dict())  # the one being written is beside those that are kept

@@ -1,7 +1,7 @@
-"""`urlfast transfer RUN`: fine-tune what a run has pre-trained on its game's reward, by default for the 100,000 steps of Atari-100k.
+"""`urlfast transfer RUN`: fine-tune what a run has pre-trained on a reward, by default for the 100,000 steps of Atari-100k and URLB.
 
 The rules are the pre-training method's own (its TRANSFER table). Replay and optimisers begin anew; which parts are loaded, frozen or reset
-is printed. The comparison from scratch is `urlfast train drq atari`, with the same options.
+is printed. The comparison from scratch is `urlfast train drq atari`, drq-sac or ddpg, with the same options.
 """
 
 from __future__ import annotations
@@ -14,17 +14,20 @@ from typing import Literal
 import tyro
 
 from urlfast.checkpoint import read_at, read_latest
-from urlfast.envs.atari import rom_id
+from urlfast.learners.ddpg import DDPGConfig
+from urlfast.learners.drq import DrQConfig
+from urlfast.learners.drq_sac import DrQSACConfig
 from urlfast.methods import FREEZE, LOAD, RESET, transfer
 from urlfast.run import Run, UsageError, UserError, command
 from urlfast.train import DOMAINS, METHODS, PRESETS, TrainConfig, load, refusals, start, usage
 
-TASK = "drq"  # the method that learns from the game's own reward
+TASK = {DrQConfig: "drq", DDPGConfig: "ddpg", DrQSACConfig: "drq-sac"}  # the method that learns from the reward, by the pre-trained learner
+STEPS = {"atari": 100_000, "dmc": 100_000}  # of Atari-100k, and of URLB
 
 
 @dataclass(frozen=True)
 class TransferConfig(TrainConfig):
-    task: str = ""  # game to fine-tune on; the run's own where empty
+    task: str = ""  # game, or task of the same domain, to fine-tune on; the run's own where empty
     rule: Literal["whole", "random-head", "frozen-encoder"] = "whole"  # what of the pre-trained network the task begins with
     checkpoint: str = "latest"  # of the pre-trained run: latest, or a step
 
@@ -33,22 +36,23 @@ def run_transfer(argv: list[str]) -> int:
     if argv and not argv[0].startswith("-"):
         run = Run.find(argv[0])
     elif {"-h", "--help"} & set(argv):
-        print("usage: urlfast transfer RUN [--task GAME] [--rule whole|random-head|frozen-encoder] [options]\n")
+        print("usage: urlfast transfer RUN [--task TASK] [--rule whole|random-head|frozen-encoder] [options]\n")
         print("`urlfast transfer RUN --help` lists every option with its default for that run.")
         return 0
     else:
-        raise UsageError("which run? urlfast transfer RUN [--task GAME] [--rule RULE]")
+        raise UsageError("which run? urlfast transfer RUN [--task TASK] [--rule RULE]")
     method, domain, pretrained = load(run.config)
-    preset, default = next(iter(PRESETS[TASK, domain].items()))
+    task = TASK[type(pretrained.method.learner)]
+    preset, default = next(iter(PRESETS[task, domain].items()))
     default = replace(default, method=default.method.after(pretrained.method), env=replace(pretrained.env, num_envs=default.env.num_envs))
-    default = replace(default, seed=pretrained.seed, runs=str(run.folder.parent))
+    default = replace(default, steps=STEPS.get(domain, default.steps), seed=pretrained.seed, runs=str(run.folder.parent))
     options = {field.name: getattr(default, field.name) for field in fields(TrainConfig)}
     prog, description = f"urlfast transfer {argv[0]}", "Fine-tunes a pre-trained run on its game's reward, in a run of its own."
     with usage():
         wanted = tyro.cli(TransferConfig, default=TransferConfig(**options), args=argv[1:], prog=prog, description=description)
     config = TrainConfig(**{name: getattr(wanted, name) for name in options})
     if wanted.task:
-        config = replace(config, env=replace(config.env, game=wanted.task))
+        config = replace(config, env=config.env.playing(wanted.task))
 
     checkpoint = read_latest(run.folder) if wanted.checkpoint == "latest" else read_at(run.folder, wanted.checkpoint)
     with checkpoint.fitting():
@@ -56,14 +60,14 @@ def run_transfer(argv: list[str]) -> int:
     check_actions(domain, pretrained.env, config.env, table)
     print(f"from {run.folder}, {method} at step {checkpoint.step:,}, rule {wanted.rule}:")
     for part in parts:
-        print(f"  {part:18} {WORDS[table.get(part, RESET)] if part in METHODS[TASK].parts else 'not used'}", flush=True)
+        print(f"  {part:18} {WORDS[table.get(part, RESET)] if part in METHODS[task].parts else 'not used'}", flush=True)
 
     def prepare(agent):
         with checkpoint.fitting():
             transfer(agent, parts, table)
 
     return start(
-        TASK,
+        task,
         domain,
         preset,
         config,
@@ -80,13 +84,10 @@ def check_actions(domain: str, before, after, table: dict) -> None:
     counts = []
     for config in (before, after):
         with refusals(), closing(DOMAINS[domain](config, num_envs=1)) as env:
-            counts.append(env.num_actions)
+            counts.append(env.actions)
     if counts[0] != counts[1]:
-        names = [rom_id(config.game) for config in (before, after)]
-        raise UserError(
-            f"{names[1]} has {counts[1]} actions, the run's {names[0]} {counts[0]}: "
-            "use --rule random-head, or pre-train with --env.full-action-set"
-        )
+        hint = ", or pre-train with --env.full-action-set" if domain == "atari" else ""
+        raise UserError(f"{after.name} has {counts[1]} actions, the run's {before.name} {counts[0]}: use --rule random-head{hint}")
 
 
 WORDS = {LOAD: "loaded", FREEZE: "loaded and frozen", RESET: "begins anew"}

@@ -151,11 +151,9 @@ class Search {
     // Squares leave float32's range above 1e19 and below 1e-19 (float64: 1e154): such data is brought near 1 by a power
     // of two, which changes no digit. Bad memory rows are found by their distances, so that good ones are read once.
     constexpr double kSmall = std::is_same_v<T, float> ? 0x1p-30 : 0x1p-400;
-    // No square reaches kExcluded: it is at most dim times (2 large)^2.
-    const double large =
-        std::min(std::is_same_v<T, float> ? 0x1p50 : 0x1p450, std::sqrt(kExcluded / 8 / double(p.dim)));
+    constexpr double kLarge = std::is_same_v<T, float> ? 0x1p50 : 0x1p450;
     const double largest_query = largest(p.queries, p.problems * p.num_queries * p.dim, p.queries_name);
-    if (largest_query >= kSmall && largest_query <= large && search(1)) return;
+    if (largest_query >= kSmall && largest_query <= kLarge && search(1)) return;
     double most = largest_query;
     if (!p.self)
       for (int64_t s = 0; s < p.problems; ++s)
@@ -518,11 +516,12 @@ class Search {
     shared.trim();
   }
 
-  // A row's distance to itself becomes so large that every other comes first. All of them in a sum leave it finite.
+  // A row's distance to itself becomes so large that every other comes first.
   void exclude(T* block, int64_t stride, int64_t row, int64_t rows, int64_t column, int64_t columns) const {
     if (p.include_self) return;
     for (int64_t i = 0; i < rows; ++i)
-      if (row + i >= column && row + i < column + columns) block[i * stride + row + i - column] = T(kExcluded);
+      if (row + i >= column && row + i < column + columns)
+        block[i * stride + row + i - column] = std::numeric_limits<T>::max();
   }
 
   struct None {};
@@ -556,7 +555,6 @@ class Search {
     int64_t total_ = 0;
   };
 
-  static constexpr double kExcluded = std::is_same_v<T, float> ? 0x1p116 : 0x1p1000;
   static constexpr int64_t kRows = 48;    // queries of a block
   static constexpr int64_t kAtOnce = 64;  // keys measured one by one
   static constexpr int64_t kSide = 96;    // of a symmetric block: a multiple of every instruction set's groups

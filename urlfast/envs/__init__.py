@@ -100,10 +100,16 @@ class VectorEnv:
     frame_shape: tuple[int, ...]
     frame_stack: int
     action_repeat: int
+    fps: float  # agent steps in a second of the world's own time, for videos
     _seed: int
     _episodes: Episodes
     _bounds: tuple[np.ndarray, np.ndarray]  # where actions are vectors: float64 [A] each, that -1 and 1 stand for; infinite: taken as it is
     _state = "new"  # new -> ready <-> sent; closed
+
+    @property
+    def actions(self) -> int | tuple[int, ...]:
+        """How many there are to choose from, or the shape of a vector in -1..1."""
+        return self.action_shape if self.num_actions is None else self.num_actions
 
     def reset(self, seed: int | None = None) -> Step:
         """Every environment begins anew. The same seed and actions give the same Steps.

@@ -56,6 +56,15 @@ class AtariConfig:
         if self.backend not in _BACKENDS:
             raise ValueError(f"backend: must be one of {', '.join(_BACKENDS)}, got {self.backend!r}")
 
+    @property
+    def name(self) -> str:
+        """Of the game, as ale-py spells it."""
+        return rom_id(self.game)
+
+    def playing(self, game: str) -> AtariConfig:
+        """This protocol on another game, in any usual spelling; ValueError where there is no such game."""
+        return dataclasses.replace(self, game=rom_id(game))
+
 
 def make_atari(
     config: AtariConfig, *, num_envs: int | None = None, evaluation: bool = False, seed: int = 0
@@ -135,6 +144,7 @@ class _Atari(VectorEnv):
         self.num_envs = config.num_envs
         self.frame_stack = config.frame_stack
         self.action_repeat = config.frame_skip
+        self.fps = 60 / config.frame_skip
         self.frame_shape = (1, config.frame_size, config.frame_size)
         self.observation_shape = (config.frame_stack, config.frame_size, config.frame_size)
         self._seed = seed

@@ -46,6 +46,15 @@ class DMCConfig:
         if self.observation not in ("states", "pixels"):
             raise ValueError(f"observation: must be one of states, pixels, got {self.observation!r}")
 
+    @property
+    def name(self) -> str:
+        """Of the task, as <domain>_<task>."""
+        return task_id(self.task)
+
+    def playing(self, task: str) -> DMCConfig:
+        """This protocol on another task."""
+        return dataclasses.replace(self, task=task_id(task))
+
 
 def make_dmc(config: DMCConfig, *, num_envs: int | None = None, evaluation: bool = False, seed: int = 0) -> DMC:
     """The environments of `config`.
@@ -94,6 +103,7 @@ class DMC(WorkerEnv):
         except ValueError:
             self.close()
             raise
+        self.fps = 1 / (spec["seconds"] * self.action_repeat)
         self.action_shape = spec["low"].shape
         unbounded = (spec["low"] <= -_UNBOUNDED) | (spec["high"] >= _UNBOUNDED)
         self._bounds = np.where(unbounded, -np.inf, spec["low"]), np.where(unbounded, np.inf, spec["high"])

@@ -147,6 +147,7 @@ class Worker(workers.Worker):
         env = self.simulations[self.environments[0]].env
         spec = env.action_spec()
         return {
+            "seconds": env.control_timestep(),
             "low": np.broadcast_to(spec.minimum, spec.shape),
             "high": np.broadcast_to(spec.maximum, spec.shape),
             "states": sum(int(np.prod(part.shape)) for part in env.observation_spec().values()),

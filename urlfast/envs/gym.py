@@ -37,6 +37,14 @@ class GymConfig:
     def __post_init__(self):
         _check(self.num_envs, self.frame_stack, self.backend)
 
+    @property
+    def name(self) -> str:
+        return self.id
+
+    def playing(self, id: str) -> GymConfig:
+        """These options on another environment."""
+        return dataclasses.replace(self, id=id)
+
 
 def make_gym(config: GymConfig, *, num_envs: int | None = None, evaluation: bool = False, seed: int = 0) -> GymVector:
     """The environments of `config`, time limit and wrappers as registered.
@@ -83,6 +91,7 @@ class GymVector(VectorEnv):
         except ValueError:
             self.close()
             raise
+        self.fps = float(self._env.metadata.get("render_fps", 30))
         self.observation_shape = (frame_stack * self.frame_shape[0], *self.frame_shape[1:])
         self._episodes = Episodes(num_envs)
         self._stack = FrameStack(num_envs, frame_stack, self.frame_shape, np.uint8 if self._image else np.float32)

@@ -30,9 +30,11 @@ class DrQConfig:
     adam_eps: float = 1.5e-4  # added to Adam's denominator: the larger, the gentler where gradients are small [Dopamine]
     tau: float = 1.0  # EMA rate of the target; 1: the target is the online network, as Dopamine's copy after every update
     grad_clip: float = 10.0  # limit of the gradient's norm [mini_apt]
+    epsilon: float = 0.1  # probability of a uniform action at last [Dopamine; DrQ(eps) 0.01]
+    epsilon_decay: int = 5000  # agent steps from 1 to there, after learning_start [Dopamine]
 
     def __post_init__(self):
-        check_limits(self, hidden=">= 1", lr="> 0", adam_eps="> 0", grad_clip="> 0")
+        check_limits(self, hidden=">= 1", lr="> 0", adam_eps="> 0", grad_clip="> 0", epsilon="0..1", epsilon_decay=">= 0")
         if not 0 < self.tau <= 1:
             raise ValueError(f"tau: must lie in (0, 1], got {self.tau}")
 
@@ -70,6 +72,12 @@ class DrQ:
         self.q_target = self.q if config.tau == 1 else copy.deepcopy(self.q).requires_grad_(False)
         self.parameters = list(self.q.parameters())
         self.optim = adam(self.parameters, config.lr, config.adam_eps, arithmetic.device)
+
+    def exploration(self, steps: int) -> float:
+        """Probability of a uniform action `steps` agent steps after learning began: from 1 linear to epsilon, and there it stays."""
+        c = self.config
+        done = min(steps / c.epsilon_decay, 1.0) if c.epsilon_decay else 1.0
+        return 1.0 + done * (c.epsilon - 1.0)
 
     @torch.no_grad()
     def act(self, features: Tensor, state: None = None, explore: float = 0.0) -> tuple[np.ndarray, None]:

@@ -10,18 +10,22 @@ from torch.nn.utils import parametrize
 
 from urlfast.limits import check_limits
 
+ATARI_CONV = ((32, 8, 4), (64, 4, 2), (64, 3, 1))  # of the Nature DQN, as DrQ and APT take it for 84x84 frames
+DMC_CONV = ((32, 3, 2), (32, 3, 1), (32, 3, 1), (32, 3, 1))  # of DrQ and DrQ-v2 for 84x84 images of control tasks
+
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
     """The network from images to features: convolutions without padding."""
 
-    conv: tuple[tuple[int, int, int], ...] = ((32, 8, 4), (64, 4, 2), (64, 3, 1))  # channels, kernel, stride of each layer, no padding
+    conv: tuple[tuple[int, int, int], ...] = ATARI_CONV  # channels, kernel, stride of each layer, no padding
+    mean: float = 0.0  # subtracted from the images, which lie in 0..1 [DrQ-v2, urlb 0.5]
     activation: Literal["relu", "elu"] = "relu"  # after each convolution
     features: int = 0  # width of the linear layer, LayerNorm and tanh behind the convolutions; 0: their flat output is the feature
     spectral_norm: bool = False  # weights divided by their largest singular value
 
     def __post_init__(self):
-        check_limits(self, conv=">= 1", features=">= 0")
+        check_limits(self, conv=">= 1", mean="0..1", features=">= 0")
 
 
 class SpectralNorm(nn.Module):
@@ -73,6 +77,7 @@ class Encoder(nn.Module):
                 )
             channels = outputs
         self.conv = nn.ModuleList(layers)
+        self.mean = config.mean
         self.activation = {"relu": F.relu, "elu": F.elu}[config.activation]
         flat = channels * size[0] * size[1]
         self.linear = nn.Linear(flat, config.features) if config.features else None
@@ -85,7 +90,7 @@ class Encoder(nn.Module):
                 parametrize.register_parametrization(layer, "weight", SpectralNorm(layer.weight))
 
     def forward(self, images: Tensor) -> Tensor:
-        h = images
+        h = images - self.mean if self.mean else images
         for layer in self.conv:
             h = self.activation(layer(h), inplace=True)
         h = h.flatten(1).float()
@@ -93,6 +98,17 @@ class Encoder(nn.Module):
             return h
         with torch.autocast(h.device.type, enabled=False):
             return torch.tanh(self.norm(self.linear(h)))
+
+
+class States(nn.Module):
+    """Observations that are vectors already: (B, F) -> (B, F)."""
+
+    def __init__(self, num_features: int):
+        super().__init__()
+        self.num_features = num_features
+
+    def forward(self, states: Tensor) -> Tensor:
+        return states
 
 
 @torch.no_grad()
