@@ -64,6 +64,14 @@ def test_the_first_pass_changes_no_bit(device, make, b, m, d, k):
 
 
 @every_gpu
+@pytest.mark.parametrize("b", [300, 4096])
+def test_queries_may_begin_where_the_keys_do(device, b):
+    memory = normal(device, 4096, 1024)
+    for got, want in zip(knn(memory[:b], memory, 16), direct(memory[:b], memory.clone(), 16), strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+@every_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("include_self", [True, False])
 def test_a_batch_as_its_own_pool_at_large_dim(device, dtype, include_self):

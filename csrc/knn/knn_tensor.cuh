@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(kThreads) prepare(const __grid_constant__ Roun
   const int lane = threadIdx.x % 32;
   const int64_t row = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32;
   if (row >= count) return;
-  const bool key = row < r.first_query || r.a.queries == r.a.keys;
+  const bool key = row < r.problems * r.a.num_keys;  // queries may be keys, or begin where these do
   const int64_t at = key ? row : row - r.first_query, each = key ? r.a.num_keys : r.a.num_queries, s = at / each;
   if (key && at % each >= r.a.length(s)) return;  // it is never looked at
   const Item* from = static_cast<const Item*>(key ? r.a.keys : r.a.queries) + at * r.a.dim;
