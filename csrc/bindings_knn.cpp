@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <cmath>
 #include <memory>
 #include <numeric>
@@ -195,7 +196,10 @@ py::tuple knn(const py::object& queries, const py::object& keys, Given<int64_t> 
 py::object knn_reward(const py::object& z, Given<int64_t> k, const py::object& memory, const py::object& lengths,
                       Given<std::string> reduction_in, Given<double> exponent_in, Given<double> c_in,
                       Given<bool> include_self, const py::object& normalizer_in, Given<bool> update_in) {
-  const Call call = check(z, memory, k.as("k"), lengths, include_self.as("include_self"), "z", "memory");
+  Call call = check(z, memory, k.as("k"), lengths, include_self.as("include_self"), "z", "memory");
+  // No memory has more neighbours than rows: what a search takes does not grow with k beyond that.
+  if (const KnnProblem& p = call.problem; p.lengths)
+    call.problem.k = std::min(p.k, std::max<int64_t>(1, *std::max_element(p.lengths, p.lengths + p.problems)));
   const auto reduction = reduction_in.as("reduction", "'mean' or 'kth'");
   const double exponent = exponent_in.as("exponent"), c = c_in.as("c");
   const bool update_normalizer = update_in.as("update_normalizer");

@@ -157,6 +157,7 @@ def test_ragged_memories(device):
             got = urlfast.knn_reward(x, 5, y, lengths=lengths, **how)
             close(got, reference.knn_reward(q, 5, pool, lengths, **how))
             assert (to_numpy(got)[0] == np.float32(np.log(how.get("c", 1.0)))).all()
+        close(urlfast.knn_reward(x, 2**62, y, lengths=lengths), reference.knn_reward(q, 5000, pool, lengths))
         distance, index = (to_numpy(a) for a in urlfast.knn(x, y, 5, lengths=np.array(lengths)))
         for i, n in enumerate(lengths):
             found = min(5, n)
