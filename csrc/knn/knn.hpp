@@ -67,7 +67,7 @@ void knn_reward_cuda(const KnnProblem& p, const KnnReward& reward, void* out, vo
                      CUstream_st* stream);
 void knn_kept_cuda(const KnnProblem& p, const KnnReward& reward, void* kept, void* workspace, int device,
                    CUstream_st* stream);
-// state: on the device.
+// state: on the device. workspace: as knn_kept_cuda left it.
 void knn_finish_cuda(const KnnProblem& p, const KnnReward& reward, const void* kept, const Statistic* state,
                      StatisticRule rule, void* out, void* workspace, int device, CUstream_st* stream);
 

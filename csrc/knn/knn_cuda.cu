@@ -301,17 +301,21 @@ __global__ void append(const float* embeddings, int64_t capacity, int64_t dim, i
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct DeviceFacts {
-  int processors, capability;  // multiprocessors; 80 for 8.0
+  int processors;  // multiprocessors
+  int capability;  // 80 for 8.0; less where the code that runs there was compiled for less
 };
 DeviceFacts facts_of(int device) {
   static std::atomic<uint64_t> known[64];  // asking costs more than a small launch
   const uint64_t packed = device < 64 ? known[device].load(std::memory_order_relaxed) : 0;
   if (packed) return {int(packed >> 32), int(packed & 0xffffffff)};
+  const DeviceGuard guard(device);
   int processors = 0, major = 0, minor = 0;
+  cudaFuncAttributes code;
+  URLFAST_CUDA_CHECK(cudaFuncGetAttributes(&code, first_pass<false>));
   URLFAST_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
   URLFAST_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
   URLFAST_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
-  const DeviceFacts facts{processors, major * 10 + minor};
+  const DeviceFacts facts{processors, std::min(major * 10 + minor, code.ptxVersion)};
   if (device < 64) known[device].store(uint64_t(facts.processors) << 32 | uint64_t(facts.capability));
   return facts;
 }
@@ -399,8 +403,9 @@ struct Plan {
     const int64_t rows = p.problems * p.num_queries, points_count = p.problems * p.num_keys + (p.self ? 0 : rows);
     pass_width = ceil_div(p.dim, kSlice) * kSlice;
     const double work = double(rows) * double(longest) * double(p.dim);
-    if (facts.capability < 80 || p.dtype == DType::f64 || p.dim < 32 || p.dim > kBoundMostDim || p.num_queries < 64 ||
-        longest < 1024 || p.k > kMostWidth || work < double(kLeastWork) ||
+    // With deep tiles there is too little work, and the sums of what is searched after it would round differently.
+    if (tiles == Tiles::deep || facts.capability < 80 || p.dtype == DType::f64 || p.dim < 32 || p.dim > kBoundMostDim ||
+        p.num_queries < 64 || longest < 1024 || p.k > kMostWidth || work < double(kLeastWork) ||
         double(points_count) * double(pass_width) * 2 > double(kMostRounded))
       return;
     const int64_t key_tiles = ceil_div(longest, kTile);
@@ -449,10 +454,7 @@ struct Call {
     a.parts = int(plan.parts);
     a.partials = plan.parts > 1 ? at<void>(plan.partials) : nullptr;
     if (held || tabled(p)) a.table = at<ProblemRow>(plan.table);
-    if (tabled(p))
-      upload_table();
-    else if (p.lengths)
-      std::copy_n(p.lengths, p.problems, a.lengths);
+    if (p.lengths && !tabled(p)) std::copy_n(p.lengths, p.problems, a.lengths);
   }
 
   static int64_t longest_of(const KnnProblem& p) { return *std::max_element(p.lengths, p.lengths + p.problems); }
@@ -467,6 +469,7 @@ struct Call {
   int64_t rows() const { return p.problems * p.num_queries; }
 
   void upload_table() const {
+    if (!tabled(p)) return;
     int64_t offset = 0;
     for (int64_t s = 0; s < p.problems; s += kTablePart) {
       TablePart part{};
@@ -578,6 +581,7 @@ void rounds(const Call& call, Arguments a) {
 }
 
 void run(const Call& call, const Arguments& a) {
+  call.upload_table();
   switch (call.p.dtype) {
     case DType::f64:
       return rounds<double, double>(call, a);
