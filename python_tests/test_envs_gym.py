@@ -3,6 +3,8 @@
 import functools
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import gymnasium
@@ -12,6 +14,7 @@ from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete, Sequence
 
 from urlfast.envs import stream_seeds
 from urlfast.envs.gym import GymConfig, GymVector, make_gym
+from urlfast.envs.rendering import NoRenderer
 
 
 class Counter(gymnasium.Env):
@@ -187,6 +190,112 @@ def test_bad_actions_are_named(actions, error, message):
         env.reset()
         with pytest.raises(error, match=message):
             env.send(actions)
+
+
+# From a module of one's own --------------------------------------------------------------------------------------------------------
+
+MODULE = """
+import gymnasium
+import numpy as np
+from gymnasium.spaces import Box, Discrete
+
+class Corridor(gymnasium.Env):
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
+    observation_space, action_space = Box(0, 9, (1,), np.float32), Discrete(2)
+
+    def __init__(self, render_mode=None):
+        self.render_mode = render_mode
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        self.at = 0
+        return np.full(1, self.at, np.float32), {}
+
+    def step(self, action):
+        self.at += action
+        return np.full(1, self.at, np.float32), 1.0, False, False, {}
+
+    def render(self):
+        return np.full((4, 6, 3), self.at, np.uint8)
+
+def make():
+    return gymnasium.wrappers.TimeLimit(Corridor(), 3)
+
+class makers:
+    make = staticmethod(make)
+    number = 3
+
+def text():
+    return "Corridor"
+
+gymnasium.register("own/Corridor-v3", Corridor, max_episode_steps=2)
+"""
+
+
+@pytest.fixture
+def own_module(tmp_path, monkeypatch):
+    """A module in the current folder, which is not where Python looks."""
+    (tmp_path / "own_worlds.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    yield
+    sys.modules.pop("own_worlds", None)
+    gymnasium.registry.pop("own/Corridor-v3", None)
+
+
+@pytest.mark.usefixtures("own_module")
+@pytest.mark.parametrize("backend", ["serial", "processes"])
+@pytest.mark.parametrize("name, limit", [("make", 3), ("makers.make", 3), ("own/Corridor-v3", 2)])
+def test_a_factory_or_an_id_of_a_module_in_the_current_folder(name, limit, backend):
+    with make_gym(GymConfig(id=f"own_worlds:{name}", num_envs=2, backend=backend)) as env:
+        steps = [env.reset(), *(env.step(np.array([1, 0])) for _ in range(3))]
+    assert [step.is_last.all() for step in steps] == [t == limit for t in range(4)]
+    assert steps[limit].observation.tolist() == [[limit], [0]]
+
+
+@pytest.mark.usefixtures("own_module")
+@pytest.mark.parametrize("backend", ["serial", "processes"])
+@pytest.mark.parametrize("name", ["Corridor", "own/Corridor-v3"])
+def test_evaluation_draws_where_the_environment_offers_it(name, backend):
+    config = GymConfig(id=f"own_worlds:{name}", num_envs=2, backend=backend)
+    with make_gym(config, evaluation=True) as env:
+        env.reset()
+        env.step(np.array([0, 1]))
+        assert env.render(0).tolist() == np.zeros((4, 6, 3)).tolist() and env.render(1).tolist() == np.ones((4, 6, 3)).tolist()
+        with pytest.raises(ValueError, match=r"i: must lie in 0\.\.1, got 2"):
+            env.render(2)
+        env.send(np.array([0, 1]))
+        with pytest.raises(RuntimeError, match="render: only after reset or recv"):
+            env.render()
+        env.recv()
+    with make_gym(config) as env:
+        env.reset()
+        with pytest.raises(NoRenderer, match="draw nothing"):
+            env.render()
+
+
+@pytest.mark.usefixtures("own_module")
+@pytest.mark.parametrize(
+    "id, message",
+    [
+        ("own_worlds:mak", "id: the module 'own_worlds' has no 'mak'; an id that it registers has a version, as in own_worlds:mak-v0"),
+        ("own_worlds:makers.number", r"id: the module 'own_worlds' has, but cannot call, 'makers\.number'"),
+        ("own_world:make", "id: cannot import 'own_world', from the current folder or an installed package"),
+        ("own_worlds:text", r"id: own_worlds:text must return a gymnasium\.Env, got str"),
+        ("own_worlds:own/Corrido-v3", "id: .*Corrido"),
+        ("own_world:own/Corridor-v3", "id: cannot import 'own_world'"),
+    ],
+)
+def test_what_a_module_has_not_is_named(id, message):
+    with pytest.raises(ValueError, match=message):
+        make_gym(GymConfig(id=id))
+
+
+@pytest.mark.usefixtures("own_module")
+def test_the_command_finds_modules_of_the_current_folder():
+    script = "import sys; sys.path.remove(''); from urlfast.envs.gym import *; print(make_gym(GymConfig(id='own_worlds:make')).num_actions)"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    assert subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True).stdout == "2\n"
 
 
 @pytest.fixture

@@ -1,5 +1,11 @@
 """Any gymnasium environment, by its id or from a constructor, behind the face of urlfast.envs.
 
+    CartPole-v1          an id that gymnasium knows
+    ale_py:ALE/Pong-v5   the same, after importing the module that registers it
+    mypkg.envs:make      a callable of a module that returns a gymnasium.Env: a function without arguments, or the environment's class
+
+A name after the colon that Python could have (no version, no slash) is the third. Modules are looked for in the current folder too.
+
 Observations: a uint8 image [H, W], [H, W, C] or [C, H, W] is shown as uint8 [C, H, W]; everything else as one float32 vector, flattened as
 gymnasium.spaces.flatten does (one-hot for a discrete part). Actions: a number for a Discrete space; for a Box a vector in -1..1, stretched
 to the space's bounds. Terminated and truncated are gymnasium's: only `terminated` says that there is no next value, both end the episode.
@@ -10,17 +16,24 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import importlib
+import inspect
 import os
+import re
 import signal
+import sys
 from collections.abc import Callable
+from types import ModuleType
 from typing import Literal
 
 import gymnasium
 import numpy as np
+from gymnasium.envs.registration import load_env_creator
 from gymnasium.spaces import Box, Discrete
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 
 from urlfast.envs import Episodes, FrameStack, Step, VectorEnv, stream_seeds
+from urlfast.envs.rendering import NoRenderer
 
 _BACKENDS = ("serial", "processes")
 
@@ -29,7 +42,7 @@ _BACKENDS = ("serial", "processes")
 class GymConfig:
     """A gymnasium environment by name."""
 
-    id: str = "CartPole-v1"  # as gymnasium.make takes it; module:id imports the module that registers it, as in ale_py:ALE/Pong-v5
+    id: str = "CartPole-v1"  # gymnasium's, as CartPole-v1 or ale_py:ALE/Pong-v5; or module:factory, as mypkg.envs:make
     num_envs: int = 8  # environments that step together
     frame_stack: int = 1  # observations an agent sees at once, zero before the episode's first
     backend: Literal["serial", "processes"] = "serial"  # serial: one after the other in this process | processes: one process each
@@ -47,18 +60,58 @@ class GymConfig:
 
 
 def make_gym(config: GymConfig, *, num_envs: int | None = None, evaluation: bool = False, seed: int = 0) -> GymVector:
-    """The environments of `config`, time limit and wrappers as registered.
+    """The environments of `config`, time limit and wrappers as registered, or as the factory has them.
 
-    num_envs: instead of the config's. evaluation: taken as every domain takes it; these environments are the same then.
-    Raises ValueError where gymnasium knows no such id, with its suggestions.
+    num_envs: instead of the config's.
+    evaluation: with render_mode="rgb_array", for `render`, where the environment offers that; a factory does by a parameter of that name.
+    Raises ValueError (gymnasium knows no such id: has its suggestions; no such module, no such callable in it, or not one of environments).
     """
-    try:
-        gymnasium.spec(config.id)
-    except (gymnasium.error.Error, ImportError) as error:
-        raise ValueError(f"id: {error}") from error
-    constructor = functools.partial(gymnasium.make, config.id)
+    module, colon, name = config.id.rpartition(":")
+    where = _imported(module) if colon else None
+    if colon and re.fullmatch(r"[A-Za-z_][\w.]*", name):
+        factory = _factory(where, name)
+        constructor, draws = functools.partial(_built, config.id, factory), "render_mode" in inspect.signature(factory).parameters
+    else:
+        constructor, draws = functools.partial(gymnasium.make, config.id), "rgb_array" in _render_modes(name)
+    if evaluation and draws:
+        constructor = functools.partial(constructor, render_mode="rgb_array")
     number = config.num_envs if num_envs is None else num_envs
     return GymVector(constructor, number, frame_stack=config.frame_stack, backend=config.backend, seed=seed)
+
+
+def _imported(module: str) -> ModuleType:
+    if not {"", os.getcwd()} & set(sys.path):
+        sys.path.insert(0, os.getcwd())  # as `python -m` has it, and the `urlfast` command has not
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"id: cannot import {module!r}, from the current folder or an installed package: {error}") from error
+
+
+def _factory(module: ModuleType, name: str) -> Callable[..., gymnasium.Env]:
+    found = functools.reduce(lambda found, part: getattr(found, part, None), name.split("."), module)
+    if not callable(found):
+        has = "has no" if found is None else "has, but cannot call,"
+        id = f"{module.__name__}:{name}-v0"
+        raise ValueError(f"id: the module {module.__name__!r} {has} {name!r}; an id that it registers has a version, as in {id}")
+    return found
+
+
+def _render_modes(id: str) -> list[str]:
+    try:
+        creator = gymnasium.spec(id).entry_point
+        if isinstance(creator, str):
+            creator = load_env_creator(creator)
+    except (gymnasium.error.Error, ImportError) as error:
+        raise ValueError(f"id: {error}") from error
+    return getattr(creator, "metadata", {}).get("render_modes", [])
+
+
+def _built(id: str, factory: Callable[..., gymnasium.Env], **arguments) -> gymnasium.Env:
+    env = factory(**arguments)
+    if not isinstance(env, gymnasium.Env):
+        raise ValueError(f"id: {id} must return a gymnasium.Env, got {type(env).__name__}")
+    return env
 
 
 class GymVector(VectorEnv):
@@ -115,6 +168,23 @@ class GymVector(VectorEnv):
             self._bounds = action.low.ravel().astype(np.float64), action.high.ravel().astype(np.float64)
         else:
             raise ValueError(f"constructor: the action space must be Discrete or a floating Box, got {action}")
+
+    def render(self, i: int = 0) -> np.ndarray:
+        """Environment `i` in colour, as it draws itself: uint8 [H, W, 3].
+
+        Raises NoRenderer where the environments were made without render_mode="rgb_array", or lack a package to draw with.
+        """
+        if self._state != "ready":
+            raise RuntimeError("render: only after reset or recv")
+        if not 0 <= i < self.num_envs:
+            raise ValueError(f"i: must lie in 0..{self.num_envs - 1}, got {i}")
+        if self._env.render_mode != "rgb_array":
+            raise NoRenderer("render: these environments draw nothing; they were made without render_mode='rgb_array'")
+        try:
+            with self._dead_process_named():
+                return self._env.call("render")[i] if self._processes else self._env.envs[i].render()
+        except gymnasium.error.DependencyNotInstalled as error:
+            raise NoRenderer(f"render: {error}") from error
 
     def _reset(self, seed):
         seeds = None if seed is None else [int(s) for s in stream_seeds(seed, self.num_envs)]

@@ -29,7 +29,7 @@ physics.free()
 
 
 class NoRenderer(ValueError):
-    """Nothing here can draw; the message says what to install."""
+    """Nothing here can draw; the message says what is missing."""
 
 
 def choose() -> str:
