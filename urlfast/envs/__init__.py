@@ -103,7 +103,6 @@ class VectorEnv:
     fps: float  # agent steps in a second of the world's own time, for videos
     _seed: int
     _episodes: Episodes
-    _bounds: tuple[np.ndarray, np.ndarray]  # where actions are vectors: float64 [A] each, that -1 and 1 stand for; infinite: taken as it is
     _state = "new"  # new -> ready <-> sent; closed
 
     @property
@@ -167,7 +166,7 @@ class VectorEnv:
         self.close()
 
     def _checked(self, actions: np.ndarray) -> np.ndarray:
-        """The actions, int64 [N], or float64 [N, A] within `_bounds`."""
+        """The actions, int64 [N], or float64 [N, A] within what `_bound` was told."""
         vectors = self.num_actions is None
         shape = (self.num_envs, *self.action_shape) if vectors else (self.num_envs,)
         if actions.shape != shape:
@@ -182,16 +181,22 @@ class VectorEnv:
             raise ValueError(f"actions: must lie in 0..{self.num_actions - 1}, got {actions.min()}..{actions.max()}")
         return actions
 
+    def _bound(self, low: np.ndarray, high: np.ndarray) -> None:
+        """Where actions are vectors: what -1 and 1 stand for, [A] each. A number with an infinite bound is taken as it is."""
+        self._free = ~(np.isfinite(low) & np.isfinite(high))
+        low, high = (np.where(self._free, free, bound.astype(np.float64)) for free, bound in ((-1.0, low), (1.0, high)))
+        self._middle, self._half = (low + high) / 2, (high - low) / 2
+        self._low, self._high = np.where(self._free, -np.inf, low), np.where(self._free, np.inf, high)
+
     def _stretched(self, actions: np.ndarray) -> np.ndarray:
-        low, high = self._bounds
-        bounded = np.isfinite(low) & np.isfinite(high)
-        actions = np.where(self._episodes.is_last[:, None], 0.0, actions.astype(np.float64))
-        inside = np.where(bounded, np.abs(actions) <= 1 + 1e-6, np.isfinite(actions))  # 1e-6: what tanh and noise may round to
+        actions = actions.astype(np.float64)
+        actions[self._episodes.is_last] = 0.0
+        inside = np.abs(actions) <= 1 + 1e-6  # what tanh and noise may round to
         if not inside.all():
-            raise ValueError(f"actions: must lie in -1..1, got {actions[~inside][0]}")
-        with np.errstate(invalid="ignore"):  # infinite bounds, whose result is not taken
-            stretched = np.clip(low + (actions + 1) / 2 * (high - low), low, high)
-        return np.where(bounded, stretched, actions)
+            inside |= self._free & np.isfinite(actions)
+            if not inside.all():
+                raise ValueError(f"actions: must lie in -1..1, got {actions[~inside][0]}")
+        return np.clip(self._middle + actions * self._half, self._low, self._high)
 
 
 def stream_seeds(seed: int, num_envs: int) -> np.ndarray:

@@ -307,8 +307,7 @@ class AtariProcesses(WorkerEnv, _Atari):
     def _send(self, actions):
         self._shared["action"][:] = actions
         self._shared["reset"][:] = self._episodes.is_last
-        for worker in self._pool:
-            self._ask(worker, "step")
+        self._ask_for_steps()
 
     def _recv(self):
         for worker in self._pool:

@@ -106,7 +106,7 @@ class DMC(WorkerEnv):
         self.fps = 1 / (spec["seconds"] * self.action_repeat)
         self.action_shape = spec["low"].shape
         unbounded = (spec["low"] <= -_UNBOUNDED) | (spec["high"] >= _UNBOUNDED)
-        self._bounds = np.where(unbounded, -np.inf, spec["low"]), np.where(unbounded, np.inf, spec["high"])
+        self._bound(np.where(unbounded, -np.inf, spec["low"]), np.where(unbounded, np.inf, spec["high"]))
         self.frame_shape = (3, config.frame_size, config.frame_size) if pixels else (spec["states"],)
         self.observation_shape = (self.frame_stack * self.frame_shape[0], *self.frame_shape[1:])
         self._stack = FrameStack(n, self.frame_stack, self.frame_shape, np.uint8 if pixels else np.float32)
@@ -138,8 +138,7 @@ class DMC(WorkerEnv):
     def _send(self, actions):
         self._shared["action"][:] = actions
         self._shared["reset"][:] = self._episodes.is_last
-        for worker in self._pool:
-            self._ask(worker, "step")
+        self._ask_for_steps()
 
     def _recv(self) -> Step:
         for worker in self._pool:

@@ -79,6 +79,7 @@ class Simulation:
         """From the beginning, with the random numbers of `seed`."""
         self.free()
         self.env, self.seed, self.unused = load(self.task, seed), seed, True
+        self.reward = TASKS[self.task].reward if self.task in TASKS else lambda physics, reward: reward
         screen = self.env.physics.model.vis.global_
         screen.offwidth = screen.offheight = max(self.size or 0, DRAWN)
         self.cameras = {}
@@ -106,7 +107,7 @@ class Simulation:
                 self.errors += 1
                 self.valid = False
                 return total, False, True
-            total += TASKS[self.task].reward(self.env.physics, now.reward) if self.task in TASKS else now.reward
+            total += self.reward(self.env.physics, now.reward)
             if now.last():
                 break
         self.now = now
@@ -114,7 +115,8 @@ class Simulation:
 
     def state(self) -> np.ndarray:
         """The observation as one vector."""
-        return np.concatenate([np.ravel(part) for part in self.now.observation.values()])
+        parts = [part.ravel() for part in self.now.observation.values()]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def allow_drawing(self) -> None:
         """Undo what `load` did where nothing could draw."""
@@ -158,18 +160,19 @@ class Worker(workers.Worker):
     def reset(self, seeds):
         for i, simulation in self.simulations.items():
             simulation.reset(None if seeds is None else seeds[i])
-            self._show(i)
+            self._show(i, simulation)
 
     def step(self):
         shared = self.shared
+        actions, reset = shared["action"], shared["reset"].tolist()
         for i, simulation in self.simulations.items():
-            if shared["reset"][i]:
+            if reset[i]:
                 simulation.reset(None)
             else:
-                shared["reward"][i], shared["terminated"][i], shared["last"][i] = simulation.step(shared["action"][i])
-            shared["errors"][i] = simulation.errors
+                shared["reward"][i], shared["terminated"][i], shared["last"][i] = simulation.step(actions[i])
             if simulation.valid:
-                self._show(i)
+                self._show(i, simulation)
+            shared["errors"][i] = simulation.errors
 
     def render(self, i: int, renderer: str):
         if not can_draw():  # states: until now there was nothing to draw
@@ -183,8 +186,7 @@ class Worker(workers.Worker):
         for simulation in self.simulations.values():
             simulation.free()
 
-    def _show(self, i):
-        simulation = self.simulations[i]
+    def _show(self, i, simulation):
         size = simulation.size
         self.shared["frame"][i] = simulation.picture(size).transpose(2, 0, 1) if size else simulation.state()
         self.shared["physics"][i] = simulation.env.physics.get_state()

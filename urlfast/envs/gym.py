@@ -165,7 +165,7 @@ class GymVector(VectorEnv):
             self.num_actions, self.action_shape = int(action.n), ()
         elif isinstance(action, Box) and action.dtype.kind == "f":
             self.num_actions, self.action_shape = None, (int(np.prod(action.shape)),)
-            self._bounds = action.low.ravel().astype(np.float64), action.high.ravel().astype(np.float64)
+            self._bound(action.low.ravel(), action.high.ravel())
         else:
             raise ValueError(f"constructor: the action space must be Discrete or a floating Box, got {action}")
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -36,6 +37,8 @@ def shared_arrays(memory: mmap.mmap | None, columns: Columns) -> tuple[dict[str,
         offset += -(-int(np.prod(shape)) * np.dtype(dtype).itemsize // 64) * 64  # no two columns in one cache line
     return arrays, offset
 
+
+_STEP = pickle.dumps(("step",))
 
 # The parent's half ---------------------------------------------------------------------------------------------------------------
 
@@ -86,8 +89,16 @@ class WorkerEnv(VectorEnv):
             self._memory_fd = None
 
     def _ask(self, worker: _Process, *request) -> None:
+        self._tell(worker, pickle.dumps(request))
+
+    def _ask_for_steps(self) -> None:
+        """Ask every worker for ("step",), the one request that is made often."""
+        for worker in self._pool:
+            self._tell(worker, _STEP)
+
+    def _tell(self, worker: _Process, message: bytes) -> None:
         try:
-            worker.pipe.send(request)
+            worker.pipe.send_bytes(message)
         except ConnectionError:
             self._fail(worker)
 
