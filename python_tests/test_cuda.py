@@ -1,6 +1,7 @@
 """What only a GPU can show: graphs, streams, no waiting, and the search's first pass. The kernels' values are tested beside the CPU's."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,9 @@ from conftest import DEVICES, to_numpy
 
 import urlfast
 from urlfast import EpisodicMemory, LatentDynamics, RunningNormalizer, ema_update_, knn, knn_reward
+from urlfast.device import Arithmetic, Captured
+from urlfast.learners.ddpg import DDPG, DDPGConfig, ddpg_networks
+from urlfast.learners.drq_sac import DrQSAC, DrQSACConfig, drq_sac_networks
 from urlfast.methods.apt import APT, APTConfig
 
 every_gpu = pytest.mark.parametrize("device", DEVICES[1:])
@@ -195,6 +199,52 @@ def test_an_apt_update_waits_for_nothing(device, config):
         method.gradient_step(**batch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@every_gpu
+@pytest.mark.parametrize("convolutions", [False, True])
+@pytest.mark.parametrize("kind", ["ddpg", "sac"])
+def test_captured_updates_of_continuous_control_equal_eager_ones(device, kind, convolutions):
+    """Each kind of update as a graph of its own: noise follows its schedule, and draws go on between the graphs. Eager ones never wait."""
+    features, actions, rows = 20, 3, 16
+    rng = np.random.default_rng(0)
+
+    def learner():
+        torch.manual_seed(0)
+        if kind == "ddpg":
+            make, networks, config = DDPG, ddpg_networks, DDPGConfig(hidden=32, sigma=1.0, sigma_final=0.1, sigma_steps=12)
+        else:
+            make, networks, config = DrQSAC, drq_sac_networks, DrQSACConfig(hidden=32)
+        generators = torch.Generator(), torch.Generator(device).manual_seed(0)
+        arithmetic = Arithmetic.choose(device, "fp32")
+        built = make(config, *networks(config, features, actions, convolutions), actions, arithmetic, *generators)
+
+        def step(observation, after, action, reward, discount):
+            batch = SimpleNamespace(action=action, discount=discount)
+            online = [observation.detach().requires_grad_() for _ in range(2)]
+            metrics, priorities = built.update(batch, reward, online, [(after, after), (after + 1, after)])
+            return metrics | {"priorities": priorities, "gradient": online[1].grad}
+
+        return built, step
+
+    (captured, step), (eager, eager_step) = learner(), learner()
+    graphs = {whole: Captured(step, torch.device(device), (captured.update_generator,)) for whole in (True, False)}
+    for i in range(12):
+        arrays = {name: rng.normal(size=(rows, features)).astype(np.float32) for name in ("observation", "after")}
+        arrays |= {"action": rng.uniform(-1, 1, (rows, actions)).astype(np.float32)}
+        arrays |= {name: rng.uniform(0, 1, rows).astype(np.float32) for name in ("reward", "discount")}
+        tensors = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+        got = graphs[captured.prepare(i)](**arrays)
+        eager.prepare(i)
+        torch.cuda.set_sync_debug_mode("error" if i > 1 else "default")
+        try:
+            expected = eager_step(**tensors)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert got.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(got[name], value, rtol=1e-3, atol=1e-4)
+    assert graphs[True].graph is not None and (kind == "ddpg" or graphs[False].graph is not None)
 
 
 @every_gpu

@@ -37,7 +37,7 @@ class DDPGConfig:
     tau: float = 0.01  # EMA rate of the target critic, at every update [URLB, DrQ-v2]
     sigma: float = 0.2  # standard deviation of the noise on actions at first [URLB 0.2 throughout; DrQ-v2 1.0]
     sigma_final: float = 0.2  # and at last [URLB 0.2; DrQ-v2 0.1]
-    sigma_steps: int = 0  # agent steps from the one to the other, linearly [DrQ-v2 100,000, 500,000 or 2,000,000 by difficulty]
+    sigma_steps: int = 0  # agent steps from the one to the other, after learning_start [DrQ-v2 100,000, 500,000 or 2,000,000 by difficulty]
     sigma_clip: float = 0.3  # limit of the noise in an update; acting has none [URLB, DrQ-v2]
 
     def __post_init__(self):
@@ -72,7 +72,7 @@ LIMIT = 1 - 1e-6  # of an action's numbers
 
 
 def noise_scale(config: DDPGConfig, steps: int) -> float:
-    """sigma after `steps` agent steps."""
+    """sigma after `steps` agent steps, linear and then constant."""
     done = min(steps / config.sigma_steps, 1.0) if config.sigma_steps else 1.0
     return config.sigma + done * (config.sigma_final - config.sigma)
 
@@ -134,7 +134,7 @@ class DDPG:
         self.sigma = torch.tensor(noise_scale(config, 0), device=arithmetic.device)  # on the device: a captured update reads it anew
 
     def exploration(self, steps: int) -> float:
-        """The `explore` of acting after `steps` agent steps: the standard deviation of its noise."""
+        """The standard deviation of the noise on actions, `steps` agent steps after learning began."""
         return noise_scale(self.config, steps)
 
     def prepare(self, steps: int) -> bool:
