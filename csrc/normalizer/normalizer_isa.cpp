@@ -31,21 +31,24 @@ static inline void store(double* to, Doubles x) { memcpy(to, &x, sizeof x); }
 
 static inline double sum(Doubles x) { return ((x[0] + x[4]) + (x[1] + x[5])) + ((x[2] + x[6]) + (x[3] + x[7])); }
 
-// sum over i of term(x[i]); four accumulators hide the latency of the additions.
+// sum over i of term(x[i]); four accumulators hide the latency of the additions. The values go to `keep` where there is
+// one.
 template <class T, class Term>
-static inline double sum_of(const T* x, int64_t n, Term term) {
-  Doubles a = {}, b = {}, c = {}, d = {};
+static inline double sum_of(const T* x, int64_t n, Term term, double* keep = nullptr) {
+  Doubles sums[4] = {};
+  const auto add = [&](Doubles& to, int64_t i) {
+    const Doubles v = load(x + i);
+    if (keep) store(keep + i, v);
+    to += term(v);
+  };
   int64_t i = 0;
-  for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
-    a += term(load(x + i));
-    b += term(load(x + i + kLanes));
-    c += term(load(x + i + 2 * kLanes));
-    d += term(load(x + i + 3 * kLanes));
-  }
-  for (; i + kLanes <= n; i += kLanes) a += term(load(x + i));
-  double total = sum((a + b) + (c + d));
+  for (; i + 4 * kLanes <= n; i += 4 * kLanes)
+    for (int j = 0; j < 4; ++j) add(sums[j], i + j * kLanes);
+  for (; i + kLanes <= n; i += kLanes) add(sums[0], i);
+  double total = sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
   for (; i < n; ++i) {
     const Doubles one = {double(x[i])};
+    if (keep) keep[i] = one[0];
     total += term(one)[0];
   }
   return total;
@@ -59,8 +62,14 @@ static inline Statistic block_moments(const T* x, int64_t n, MomentsOf what) {
     s.mean = sum_of(x, n, [](Doubles v) { return v < 0 ? -v : v; }) / double(n);
     return s;
   }
-  const double mean = s.mean = sum_of(x, n, [](Doubles v) { return v; }) / double(n);
-  if (what == MomentsOf::mean_and_m2) s.m2 = sum_of(x, n, [mean](Doubles v) { return (v - mean) * (v - mean); });
+  const auto itself = [](Doubles v) { return v; };
+  if (what == MomentsOf::mean) {
+    s.mean = sum_of(x, n, itself) / double(n);
+    return s;
+  }
+  alignas(64) double wide[kBlock];  // widening a value once more costs more than reading it from here
+  const double mean = s.mean = sum_of(x, n, itself, wide) / double(n);
+  s.m2 = sum_of(wide, n, [mean](Doubles v) { return (v - mean) * (v - mean); });
   return s;
 }
 
