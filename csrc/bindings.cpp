@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <type_traits>
+
 #include "bindings_dlpack.hpp"
 #include "common/cpu.hpp"
 #include "common/parallel.hpp"
@@ -34,13 +36,13 @@ static py::dict build_info() {
   return info;
 }
 
-// Lets the consumer's stream wait until the array was filled. `stream` as the array API standard has it: None or 1 is
-// the legacy default stream, 2 the thread's own, -1 asks for no waiting.
-static void hand_over(const DeviceArray& array, const py::kwargs& options) {
+// Lets the consumer's stream wait until the array was filled. `stream_in` as the array API standard has it: None or 1
+// is the legacy default stream, 2 the thread's own, -1 asks for no waiting.
+static void hand_over(const DeviceArray& array, const py::object& stream_in) {
   if (!array.order) return;
   CUstream_st* stream = nullptr;
-  if (options.contains("stream") && !options["stream"].is_none()) {
-    const auto number = options["stream"].cast<int64_t>();
+  if (!stream_in.is_none()) {
+    const auto number = Given<int64_t>{stream_in}.as("stream", "None or an int");
     if (number == -1) return;
     if (number != 1) stream = reinterpret_cast<CUstream_st*>(number);
   }
@@ -55,27 +57,52 @@ static void hand_over(const DeviceArray& array, const py::kwargs& options) {
   order.readers.push_back(stream);
 }
 
-// DLPack for memory of ours on a device.
-static py::capsule export_dlpack(const DeviceArray& array) {
+// DLPack for memory of ours on a device, of either generation.
+template <class Managed>
+static py::capsule export_as(const DeviceArray& array) {
+  constexpr bool versioned = std::is_same_v<Managed, dlpack::DLManagedTensorVersioned>;
+  static constexpr const char* name = versioned ? "dltensor_versioned" : "dltensor";
   struct Context {
-    dlpack::DLManagedTensorVersioned managed;
+    Managed managed;
     DeviceArray array;
   };
   auto* context = new Context{{}, array};
-  auto& m = context->managed;
-  m.version = {1, 0};
+  Managed& m = context->managed;
+  if constexpr (versioned) {
+    m.version = {1, 0};
+    m.flags = array.view.readonly ? dlpack::kReadOnly : 0;
+  }
   m.manager_ctx = context;
-  m.deleter = [](dlpack::DLManagedTensorVersioned* self) { delete static_cast<Context*>(self->manager_ctx); };
-  m.flags = array.view.readonly ? dlpack::kReadOnly : 0;
+  m.deleter = [](Managed* self) { delete static_cast<Context*>(self->manager_ctx); };
   View& view = context->array.view;
   m.dl_tensor = {
       view.data, {dlpack::kCUDA, view.device.index}, view.rank, dtype_to_dlpack(view.dtype), view.shape, view.strides,
       0};
-  return py::capsule(&m, "dltensor_versioned", [](PyObject* capsule) {
-    if (!PyCapsule_IsValid(capsule, "dltensor_versioned")) return;  // consumed: the consumer calls the deleter
-    auto* t = static_cast<dlpack::DLManagedTensorVersioned*>(PyCapsule_GetPointer(capsule, "dltensor_versioned"));
+  return py::capsule(&m, name, [](PyObject* capsule) {
+    if (!PyCapsule_IsValid(capsule, name)) return;  // consumed: the consumer calls the deleter
+    auto* t = static_cast<Managed*>(PyCapsule_GetPointer(capsule, name));
     t->deleter(t);
   });
+}
+
+// __dlpack__ as the array API standard has it: who does not name a version it knows understands the first generation.
+static py::capsule export_dlpack(const DeviceArray& array, const py::object& stream, const py::object& max_version,
+                                 const py::object& dl_device, const py::object& copy) {
+  if (!dl_device.is_none() && !dl_device.equal(py::make_tuple(int(dlpack::kCUDA), array.view.device.index)))
+    throw py::buffer_error(text("dl_device: the array stays on ", array.view.device.name()));
+  if (!copy.is_none() && Given<bool>{copy}.as("copy", "None or a bool"))
+    throw py::buffer_error("copy: the array hands out its own memory alone");
+  bool versioned = false;
+  if (!max_version.is_none()) {
+    constexpr const char* kAccepted = "None or a tuple of two ints";
+    if (!py::isinstance<py::tuple>(max_version) || py::len(max_version) != 2)
+      refuse_type("max_version", kAccepted, max_version);
+    versioned = Given<int64_t>{py::tuple(max_version)[0]}.as("max_version", kAccepted) >= 1;
+  }
+  if (!versioned && array.view.readonly)
+    throw py::buffer_error("the array is read-only, which DLPack says from version 1.0 on; pass max_version=(1, 0)");
+  hand_over(array, stream);
+  return versioned ? export_as<dlpack::DLManagedTensorVersioned>(array) : export_as<dlpack::DLManagedTensor>(array);
 }
 
 }  // namespace urlfast
@@ -103,11 +130,8 @@ PYBIND11_MODULE(_core, m) {
       .def_property_readonly("dtype", [](const DeviceArray& a) { return dtype_name(a.view.dtype); })
       .def("__dlpack_device__",
            [](const DeviceArray& a) { return py::make_tuple(int(dlpack::kCUDA), a.view.device.index); })
-      .def("__dlpack__",
-           [](const DeviceArray& a, const py::kwargs& options) {
-             hand_over(a, options);
-             return export_dlpack(a);
-           })
+      .def("__dlpack__", &export_dlpack, py::kw_only(), py::arg("stream") = py::none(),
+           py::arg("max_version") = py::none(), py::arg("dl_device") = py::none(), py::arg("copy") = py::none())
       .def_property_readonly("__cuda_array_interface__", [](const DeviceArray& a) {
         const auto code = dtype_to_dlpack(a.view.dtype).code;
         if (a.view.dtype == DType::bf16)

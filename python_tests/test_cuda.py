@@ -1,5 +1,6 @@
 """What only a GPU can show: graphs, streams, no waiting, and the search's first pass. The kernels' values are tested beside the CPU's."""
 
+import ctypes
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -261,3 +262,30 @@ def test_arrays_of_two_streams_are_ordered(device):
         memory.set(keys)
         got = urlfast.knn(q, memory, 5)[0]
     torch.testing.assert_close(got, knn(q, torch.from_numpy(keys).to(device), 5)[0], rtol=0, atol=0)
+
+
+@every_gpu
+def test_our_arrays_speak_both_generations_of_dlpack(device):
+    """Who names no version, as torch before 2.9 and JAX, understands the first alone."""
+    array = LatentDynamics(4, 3, episode_length=3, seed=1, device=device).reset()[0]
+    name = ctypes.pythonapi.PyCapsule_GetName
+    name.restype, name.argtypes = ctypes.c_char_p, [ctypes.py_object]
+    for options, generation in (
+        ({}, b"dltensor"),
+        ({"stream": 1, "max_version": None}, b"dltensor"),
+        ({"max_version": (0, 8)}, b"dltensor"),
+        ({"max_version": (1, 0)}, b"dltensor_versioned"),
+        ({"max_version": (1, 3), "copy": False}, b"dltensor_versioned"),
+    ):
+        assert name(array.__dlpack__(**options)) == generation
+
+    class Older:
+        __dlpack_device__ = array.__dlpack_device__
+
+        def __dlpack__(self, stream=None):
+            return array.__dlpack__(stream=stream)
+
+    torch.testing.assert_close(torch.from_dlpack(Older()), torch.from_dlpack(array), rtol=0, atol=0)
+    for refused in ({"copy": True}, {"dl_device": (1, 0)}):
+        with pytest.raises(BufferError):
+            array.__dlpack__(**refused)
