@@ -551,5 +551,5 @@ def test_skills_are_appended_to_the_features():
     seen, act = [], method.agent.learner.act
     method.agent.learner.act = lambda features, *rest: seen.append(features) or act(features[:, :7], *rest)
     observations, skill = Batches.of(method).observations(4), np.ones((4, 3), np.float32)
-    method.agent.act(step(observations), explore=False, skill=skill)
+    method.agent.act(step(observations), explore=False, skill=torch.from_numpy(skill))
     torch.testing.assert_close(seen[0], torch.from_numpy(np.concatenate([observations, skill], 1)))

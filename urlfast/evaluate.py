@@ -53,6 +53,7 @@ class EvaluateConfig:
     epsilon: float = 0.001  # probability of a random one where actions are numbers, DrQ published 0.05; vectors are the policy's mean
     num_envs: int = 8  # environments that play in parallel
     checkpoint: str = "latest"  # latest, or the step of one of the run's checkpoints
+    skill: tuple[float, ...] = ()  # of APS: the one to play, its length does not matter; none: random ones, or the task's where it is known
     seed: int = 10_000  # of the games and of the random actions
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where it is usable
     video: bool = True  # records the first episode, two minutes at most, into the run's videos/
@@ -227,6 +228,11 @@ def measure(run: Run, options: EvaluateConfig) -> None:
         agent = make_method(method, replace(config, device=options.device), env)
         with checkpoint.fitting():
             agent.load_state_dict(checkpoint.state["method"])
+        if options.skill:
+            if not hasattr(agent, "skills"):
+                raise UsageError(f"--skill: {method} has no skills")
+            with refusals():
+                agent.skills.fix(options.skill)
         print(f"{run.folder}, step {checkpoint.step:,}: {episodes} episodes of {game} by each policy", flush=True)
         random = np.random.default_rng(options.seed)
         policy = greedy(agent, options.epsilon, env.actions, random)
@@ -236,6 +242,7 @@ def measure(run: Run, options: EvaluateConfig) -> None:
     equal = min(mine.frames, theirs.frames)
     entropies = particle_entropy(*(np.concatenate(played.physics) for played in (mine, theirs))) if mine.physics else (None, None)
     protocol = asdict(config.env) | FORCED.get(domain, {}) | {"num_envs": env.num_envs, "episodes": episodes, "seed": options.seed}
+    protocol |= {"skill": options.skill} if options.skill else {}
     entries = [
         {
             "policy": name,

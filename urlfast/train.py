@@ -25,6 +25,7 @@ from urlfast.envs.atari import AtariConfig, make_atari
 from urlfast.envs.dmc import DMCConfig, make_dmc
 from urlfast.envs.gym import make_gym
 from urlfast.info import hardware
+from urlfast.methods.aps import APS, APSConfig, APSTask, APSTaskConfig
 from urlfast.methods.apt import APT, APTConfig
 from urlfast.methods.task import Task, TaskConfig
 from urlfast.run import (
@@ -64,9 +65,9 @@ class TrainConfig:
                 raise ValueError(f"{name}: must be less than 2^63, got {getattr(self, name)}")
 
 
-METHODS = {"apt": APT, "drq": Task, "drq-sac": Task, "ddpg": Task}
+METHODS = {"apt": APT, "aps": APS, "drq": Task, "drq-sac": Task, "ddpg": Task, "aps-task": APSTask}
 DOMAINS = {"atari": make_atari, "dmc": make_dmc, "gym": make_gym}
-PIXELS = DMCConfig(observation="pixels")
+WALKER, PIXELS = DMCConfig(task="walker_walk", num_envs=1), DMCConfig(observation="pixels")
 PRESETS = {  # the first of a pair is its default
     ("apt", "atari"): {
         "paper": TrainConfig(APTConfig(), AtariConfig(), steps=250_000_000),
@@ -76,9 +77,16 @@ PRESETS = {  # the first of a pair is its default
         "urlb": TrainConfig(APTConfig.urlb(), DMCConfig(), steps=2_000_000),
         "paper": TrainConfig(APTConfig.dmc(), PIXELS, steps=5_000_000),
     },
+    ("aps", "atari"): {"paper": TrainConfig(APSConfig(), AtariConfig(), steps=200_000_000)},
+    ("aps", "dmc"): {"urlb": TrainConfig(APSConfig.urlb(), DMCConfig(), steps=2_000_000)},
     ("drq", "atari"): {"paper": TrainConfig(TaskConfig(), AtariConfig(num_envs=1), steps=100_000)},
     ("drq-sac", "dmc"): {"paper": TrainConfig(TaskConfig.sac(), replace(PIXELS, task="walker_walk", num_envs=1), steps=250_000)},
-    ("ddpg", "dmc"): {"urlb": TrainConfig(TaskConfig.ddpg(), DMCConfig(task="walker_walk", num_envs=1), steps=2_000_000)},
+    ("ddpg", "dmc"): {"urlb": TrainConfig(TaskConfig.ddpg(), WALKER, steps=2_000_000)},
+    # What `urlfast transfer` makes of an APS run; from scratch, phi is random.
+    ("aps-task", "atari"): {"paper": TrainConfig(APSTaskConfig.on(TaskConfig()), AtariConfig(num_envs=1), steps=100_000)},
+    ("aps-task", "dmc"): {
+        "urlb": TrainConfig(APSTaskConfig.on(TaskConfig.ddpg()), DMCConfig(task="walker_walk", num_envs=1), steps=100_000)
+    },
 }
 
 

@@ -42,7 +42,7 @@ def run_transfer(argv: list[str]) -> int:
     else:
         raise UsageError("which run? urlfast transfer RUN [--task TASK] [--rule RULE]")
     method, domain, pretrained = load(run.config)
-    task = TASK[type(pretrained.method.learner)]
+    task = "aps-task" if method == "aps" else TASK[type(pretrained.method.learner)]
     preset, default = next(iter(PRESETS[task, domain].items()))
     default = replace(default, method=default.method.after(pretrained.method), env=replace(pretrained.env, num_envs=default.env.num_envs))
     default = replace(default, steps=STEPS.get(domain, default.steps), seed=pretrained.seed, runs=str(run.folder.parent))

@@ -98,10 +98,7 @@ class DrQ:
 
     def update(self, batch: Batch, reward: Tensor, online: Sequence[Tensor], target: Pairs) -> tuple[dict[str, Tensor], Tensor]:
         """One gradient step on `reward` (B,): the task's, or a method's. Its gradient stays on `online`, for whoever encoded it."""
-        with torch.no_grad(), self.arithmetic.autocast():
-            y = drq_target(self.q, self.q_target, target, reward, batch.discount)
-        with self.arithmetic.autocast():
-            error = q_error(self.q, online, batch.action, y)
+        error, y = self.error(batch, reward, online, target)
         loss = huber(error).mean()
         self.optim.zero_grad()
         loss.backward()
@@ -110,7 +107,14 @@ class DrQ:
         if self.q_target is not self.q:
             ema_update_(list(self.q_target.parameters()), self.parameters, self.config.tau)
         metrics = {"q_loss": loss.detach(), "q_target": y.mean(), "grad_norm": grad_norm}  # only the logger waits for them
-        return metrics, error.detach().abs().mean(0)
+        return metrics, error.detach().abs().view(len(online), len(reward), -1).mean((0, 2))
+
+    def error(self, batch: Batch, reward: Tensor, online: Sequence[Tensor], target: Pairs) -> tuple[Tensor, Tensor]:
+        """Q(s_m, a) - y for each view, (M, B), and y."""
+        with torch.no_grad(), self.arithmetic.autocast():
+            y = drq_target(self.q, self.q_target, target, reward, batch.discount)
+        with self.arithmetic.autocast():
+            return q_error(self.q, online, batch.action, y), y
 
     def state_dict(self) -> dict[str, dict]:
         parts = {"q": self.q.state_dict(), "q_optimizer": self.optim.state_dict()}

@@ -4,6 +4,8 @@ A method composes one and adds its reward and its losses. It decides who trains 
 and encoded, or vectors, which are features as they are; actions are numbers, for DrQ, or vectors in -1..1, for DDPG and DrQ-SAC.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -33,16 +35,42 @@ def rules(**own: Rule) -> dict[str, dict[str, Rule]]:
     }
 
 
+def skilled(views: list[Tensor], skill: Tensor | None) -> list[Tensor]:
+    """Each view's features (B, F) with the skill (B, d) appended; None: as they are."""
+    return views if skill is None else [torch.cat([view, skill], -1) for view in views]
+
+
+def paper_learner(agent: "Agent"):
+    """The learner that the config names, with the networks of its paper."""
+    c, width, actions = agent.config.learner, agent.encoder.num_features, agent.actions
+    random = torch.Generator().manual_seed(agent.seed)  # of acting
+    if isinstance(c, DrQConfig):
+        return DrQ(c, DuelingQ(width, actions, c.hidden), actions, agent.arithmetic, random)
+    make, networks = (DDPG, ddpg_networks) if isinstance(c, DDPGConfig) else (DrQSAC, drq_sac_networks)
+    return make(c, *networks(c, width, actions[0], agent.convolutions), actions[0], agent.arithmetic, random, agent.generator)
+
+
 class Agent:
     """The part of a method between its config and its losses.
 
     Of the config it reads encoder, learner, augment, precision, n_step, gamma, replay_capacity, learning_start.
     """
 
-    def __init__(self, config, observation_shape: tuple[int, ...], actions: int | tuple[int, ...], *, device, seed: int, frame_stack: int):
+    def __init__(
+        self,
+        config,
+        observation_shape: tuple[int, ...],
+        actions: int | tuple[int, ...],
+        *,
+        device,
+        seed: int,
+        frame_stack: int,
+        make_learner: Callable | None = None,
+    ):
         """observation_shape: (frame_stack * C, H, W) of uint8 images, or (frame_stack * D,) of float32 vectors.
 
         actions: how many there are to choose from, or the shape (A,) of a vector in -1..1.
+        make_learner: of this agent, for networks of a method's own; None: those of the learner's paper.
         Raises ValueError for other shapes, and for a learner that cannot take such actions.
         """
         if len(observation_shape) not in (1, 3) or observation_shape[0] % frame_stack:
@@ -56,6 +84,7 @@ class Agent:
             raise ValueError(f"learner: {type(config.learner).__name__} takes {takes}, and this environment's actions are {given}")
         self.config, self.frame_stack, self.seed, self.actions = config, frame_stack, seed, actions
         self.pixels = len(observation_shape) == 3
+        self.convolutions = self.pixels and not config.encoder.features  # features are the flat output of convolutions
         self.frame_shape = (observation_shape[0] // frame_stack, *observation_shape[1:])
         self.arithmetic = Arithmetic.choose(device, config.precision)
         self.device = self.arithmetic.device
@@ -67,7 +96,7 @@ class Agent:
         with torch.random.fork_rng(devices=[]):  # the weights depend on the seed alone
             torch.manual_seed(seed)
             self.encoder = self._make_encoder(observation_shape)
-            self.learner = self._make_learner()
+            self.learner = (make_learner or paper_learner)(self)
             self.encoder_target = self.encoder  # the learner's target reads the online encoder, as of DDPG and of DrQ with tau 1
             if self.pixels and not isinstance(config.learner, DDPGConfig) and config.learner.tau < 1:
                 self.encoder_target = self._make_encoder(observation_shape).requires_grad_(False)
@@ -78,15 +107,6 @@ class Agent:
             return States(*observation_shape)
         encoder = Encoder(self.config.encoder, observation_shape)
         return encoder.to(self.device, memory_format=self.arithmetic.memory_format).eval()  # training mode is for gradient passes
-
-    def _make_learner(self):
-        c, width, actions = self.config.learner, self.encoder.num_features, self.actions
-        random = torch.Generator().manual_seed(self.seed)  # of acting
-        if isinstance(c, DrQConfig):
-            return DrQ(c, DuelingQ(width, actions, c.hidden), actions, self.arithmetic, random)
-        make, networks = (DDPG, ddpg_networks) if isinstance(c, DDPGConfig) else (DrQSAC, drq_sac_networks)
-        convolutions = self.pixels and not self.config.encoder.features
-        return make(c, *networks(c, width, actions[0], convolutions), actions[0], self.arithmetic, random, self.generator)
 
     def prepare(self) -> bool:
         """Before each update: whether it is of all that the learner has, or of a part (DrQ-SAC's every second). One is captured apart."""
@@ -117,12 +137,12 @@ class Agent:
         return self.learner.exploration(max(0, self.steps - self.config.learning_start))
 
     @torch.no_grad()
-    def act(self, step, explore: bool = True, skill: np.ndarray | None = None) -> np.ndarray:
-        """int64 [N], or float32 [N, A]: the policy's; where it explores, uniform until `learning_start`.
+    def act(self, step, explore: bool = True, skill: Tensor | None = None, warm_up: bool = True) -> np.ndarray:
+        """int64 [N], or float32 [N, A]: the policy's; where it explores, uniform until `learning_start`, unless there is no warm_up.
 
-        skill: float32 [N, d], appended to the features.
+        skill: (N, d) float32, appended to the features.
         """
-        exploration, warming_up = self.exploration if explore else 0.0, explore and self.steps < self.config.learning_start
+        exploration, warming_up = self.exploration if explore else 0.0, warm_up and explore and self.steps < self.config.learning_start
         if explore:
             self.steps += int(np.count_nonzero(~step.is_last))  # nothing leaves a last observation
         if warming_up:
@@ -130,7 +150,7 @@ class Agent:
         observation = torch.from_numpy(np.ascontiguousarray(step.observation)).to(self.device)
         features = self.encode(self.encoder, self.plain(observation))
         if skill is not None:
-            features = torch.cat([features, torch.from_numpy(skill).to(self.device)], -1)
+            features = torch.cat([features, skill.to(self.device)], -1)
         return self.learner.act(features, None, exploration)[0]
 
     # observations to features

@@ -21,7 +21,7 @@ from urlfast.learners.drq import DrQConfig
 from urlfast.learners.drq_sac import DrQSACConfig
 from urlfast.limits import check_limits
 from urlfast.methods import check_parts
-from urlfast.methods.agent import Agent, rules
+from urlfast.methods.agent import Agent, rules, skilled
 from urlfast.nets.encoders import DMC_CONV, EncoderConfig
 
 
@@ -94,14 +94,15 @@ class TaskConfig:
 class Task:
     TRANSFER = rules()  # to another task
     parts = tuple(TRANSFER["whole"])
+    columns = ("observation", "next_observation", "action", "reward", "discount")  # of a batch, that an update reads
 
-    def __init__(self, config: TaskConfig, observation_shape, actions, *, device="cpu", seed: int = 0, frame_stack: int = 4):
+    def __init__(self, config: TaskConfig, observation_shape, actions, *, device="cpu", seed: int = 0, frame_stack: int = 4, **given):
         """observation_shape: (frame_stack * channels, height, width) of uint8 images, or (frame_stack * features,) of float32 vectors.
 
-        actions: how many there are, or the shape (A,) of a vector in -1..1.
+        actions: how many there are, or the shape (A,) of a vector in -1..1. given: to the Agent.
         """
         self.config = config
-        self.agent = Agent(config, tuple(observation_shape), actions, device=device, seed=seed, frame_stack=frame_stack)
+        self.agent = Agent(config, tuple(observation_shape), actions, device=device, seed=seed, frame_stack=frame_stack, **given)
         self.device = self.agent.device
         self.trained = list(self.agent.encoder.parameters())
         self.optim = adam(self.trained, config.learner.lr, config.learner.adam_eps, self.device) if self.trained else None
@@ -120,15 +121,16 @@ class Task:
     def update(self, replay: SequenceReplay) -> dict[str, Tensor]:
         """One gradient step on a batch of the replay. On a GPU the metrics hold until the next call."""
         b = replay.sample(self.config.batch_size)
-        metrics = self.captured[self.agent.prepare()](
-            observation=b.observation, next_observation=b.next_observation, action=b.action, reward=b.reward, discount=b.discount
-        )
+        metrics = self.captured[self.agent.prepare()](**{name: getattr(b, name) for name in self.columns})
         return metrics | {"exploration": torch.tensor(self.agent.exploration)}
 
     def gradient_step(
-        self, observation: Tensor, next_observation: Tensor, action: Tensor, reward: Tensor, discount: Tensor
+        self, observation: Tensor, next_observation: Tensor, action: Tensor, reward: Tensor, discount: Tensor, skill: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """The learner on observations (B, ...); reward is the n-step return, discount gamma^m * prod(1 - terminated)."""
+        """The learner on observations (B, ...); reward is the n-step return, discount gamma^m * prod(1 - terminated).
+
+        skill: (B, d), appended to the features (APS).
+        """
         c, agent = self.config, self.agent
         z, z_target = agent.target_views(next_observation, c.target_views)
         learns = not self.frozen
@@ -138,7 +140,8 @@ class Task:
         agent.encoder.eval()
         online = [view.detach().requires_grad_(learns) for view in features.chunk(c.online_views)]
         batch = SimpleNamespace(action=action, discount=discount)
-        metrics, _ = agent.learner.update(batch, reward, online, list(zip(z, z_target, strict=True)))
+        pairs = list(zip(skilled(z, skill), skilled(z_target, skill), strict=True))
+        metrics, _ = agent.learner.update(batch, reward, skilled(online, skill), pairs)
         if learns:
             self.optim.zero_grad()
             features.backward(torch.cat([view.grad for view in online]))
