@@ -33,7 +33,7 @@ def control(seed=0, shape=STATES, **changes):
 
 def task(seed=0, shape=STATES, **changes):
     config = APSTaskConfig.on(replace(TaskConfig.ddpg(), encoder=EncoderConfig(conv=CONV, mean=0.5), learner=DDPG))
-    config = replace(config, skill_dim=D, phi_hidden=6, batch_size=8, precision="fp32", **changes)
+    config = replace(config, skill_dim=D, phi_hidden=6, phi_layers=2, batch_size=8, precision="fp32", **changes)
     return APSTask(config, shape, VECTOR, seed=seed, frame_stack=3 if len(shape) == 3 else 1)
 
 

@@ -12,7 +12,7 @@ from toys import NineRooms
 from urlfast.augment import AugmentConfig
 from urlfast.intrinsic import ParticleConfig, ParticleReward
 from urlfast.learners.drq import DrQConfig
-from urlfast.methods.apt import APT, APTConfig
+from urlfast.methods.apt import APT, APTConfig, ContrastiveConfig
 from urlfast.nets.encoders import EncoderConfig
 
 STEPS = 8000  # of four environments together
@@ -20,16 +20,14 @@ STEPS = 8000  # of four environments together
 # (72 to 96 over twelve seeds).
 CONFIG = APTConfig(
     encoder=EncoderConfig(conv=((16, 8, 4), (32, 4, 2)), activation="elu", features=15, spectral_norm=True),
-    projection=(64, 64),
-    temperature=0.2,
+    representation=ContrastiveConfig((64, 64), temperature=0.2),
     lr=1e-3,
     reward=ParticleConfig(k=12),
-    learner=DrQConfig(hidden=128, lr=1e-3, tau=0.05),
+    learner=DrQConfig(hidden=128, lr=1e-3, tau=0.05, epsilon=0.3, epsilon_decay=0),  # greedy alone, it stays where reward was high
     gamma=0.9,
     batch_size=64,
     updates_per_step=0.5,
     learning_start=400,
-    epsilon=0.3,  # a greedy policy alone stays for long where the reward has just been high
     augment=AugmentConfig(shift=1),  # less than a cell of 2 pixels
     precision="fp32",  # the same course, nearly, whatever the processor
 )

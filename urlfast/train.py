@@ -23,8 +23,9 @@ from urlfast.checkpoint import Checkpoint, Checkpoints, read_latest
 from urlfast.device import keep_freed_memory
 from urlfast.envs.atari import AtariConfig, make_atari
 from urlfast.envs.dmc import DMCConfig, make_dmc
-from urlfast.envs.gym import make_gym
+from urlfast.envs.gym import GymConfig, make_gym
 from urlfast.info import hardware
+from urlfast.learners.drq import DrQConfig
 from urlfast.methods.aps import APS, APSConfig, APSTask, APSTaskConfig
 from urlfast.methods.apt import APT, APTConfig
 from urlfast.methods.task import Task, TaskConfig
@@ -84,10 +85,31 @@ PRESETS = {  # the first of a pair is its default
     ("ddpg", "dmc"): {"urlb": TrainConfig(TaskConfig.ddpg(), WALKER, steps=2_000_000)},
     # What `urlfast transfer` makes of an APS run; from scratch, phi is random.
     ("aps-task", "atari"): {"paper": TrainConfig(APSTaskConfig.on(TaskConfig()), AtariConfig(num_envs=1), steps=100_000)},
-    ("aps-task", "dmc"): {
-        "urlb": TrainConfig(APSTaskConfig.on(TaskConfig.ddpg()), DMCConfig(task="walker_walk", num_envs=1), steps=100_000)
-    },
+    ("aps-task", "dmc"): {"urlb": TrainConfig(APSTaskConfig.on(TaskConfig.ddpg()), WALKER, steps=100_000)},
 }
+NUMBERED = DrQConfig(tau=0.01, epsilon=0.01, epsilon_decay=0)
+for method, configs in {  # of any environment of gymnasium: which one is the default follows from what it shows and takes
+    "apt": {
+        "discrete": replace(APTConfig.urlb(), learner=NUMBERED),
+        "discrete-pixels": APTConfig(),
+        "continuous": APTConfig.urlb(),
+        "continuous-pixels": APTConfig.dmc(),
+    },
+    "aps": {
+        "discrete": APSConfig(),
+        "discrete-pixels": APSConfig(),
+        "continuous": APSConfig.urlb(),
+        "continuous-pixels": APSConfig.urlb(),
+    },
+    "drq": dict.fromkeys(("discrete", "discrete-pixels"), replace(TaskConfig(), reward_clip=None)),
+    "drq-sac": dict.fromkeys(("continuous", "continuous-pixels"), TaskConfig.sac()),
+    "ddpg": dict.fromkeys(("continuous", "continuous-pixels"), TaskConfig.ddpg()),
+    "aps-task": {
+        kind: APSTaskConfig.on(replace(TaskConfig(), reward_clip=None) if kind.startswith("discrete") else TaskConfig.ddpg())
+        for kind in ("discrete", "discrete-pixels", "continuous", "continuous-pixels")
+    },
+}.items():
+    PRESETS[method, "gym"] = {kind: TrainConfig(config, GymConfig(), steps=100_000) for kind, config in configs.items()}
 
 
 # The loop ------------------------------------------------------------------------------------------------------------
@@ -497,10 +519,21 @@ def pick(argv: list[str]) -> tuple[str, str, str]:
     presets = PRESETS[method, domain]
     preset = take(argv, "--preset")
     if preset is None:
-        preset = next(iter(presets))
+        preset = fitting(method, presets, argv) if domain == "gym" else next(iter(presets))
     if preset not in presets:
         raise UsageError(f"--preset: unknown {preset!r}{nearest(preset, presets)}")
     return method, domain, preset
+
+
+def fitting(method: str, presets: dict[str, TrainConfig], argv: list[str]) -> str:
+    """The preset for what the environment that `--env.id` names shows and takes; UserError where the method has none."""
+    id = take(list(argv), "--env.id") or GymConfig().id
+    with refusals(), closing(make_gym(GymConfig(id=id), num_envs=1)) as env:
+        kind = ("discrete" if isinstance(env.actions, int) else "continuous") + ("-pixels" if len(env.frame_shape) == 3 else "")
+    if kind not in presets:
+        others = ", ".join(name for name in METHODS if (name, "gym") in PRESETS and kind in PRESETS[name, "gym"])
+        raise UserError(f"{method} takes no {kind.partition('-')[0]} actions, which {id} has; these methods do: {others}")
+    return kind
 
 
 def run_train(argv: list[str]) -> int:

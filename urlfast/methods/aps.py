@@ -42,17 +42,17 @@ from urlfast.nets.heads import MLP, Actor, Twin
 
 @dataclass(frozen=True)
 class APSConfig:
-    encoder: EncoderConfig = field(default_factory=EncoderConfig)  # of images; vectors need none
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)  # Of images; vectors need none
     skill_dim: int = 5  # d, of phi and of w [VISR; urlb 10]
     skill_steps: int = 0  # agent steps that a skill is held; 0: the whole episode [VISR; urlb 5]
     phi_hidden: int = 512  # width of phi's hidden layers [ours; urlb 1024]
     phi_layers: int = 1  # and how many there are [ours; urlb 2]
     lr: float = 1e-4  # learning rate of Adam, encoder and phi [urlb]
     adam_eps: float = 1e-8  # added to that Adam's denominator [urlb]
-    reward: ParticleConfig = field(default_factory=lambda: ParticleConfig(k=12, clip=1e-4))  # of the entropy [urlb]
+    reward: ParticleConfig = field(default_factory=lambda: ParticleConfig(k=12, clip=1e-4))  # The entropy, with values of URLB
     entropy_weight: float = 1.0  # of r_entropy; 0: the skill only, an ablation of the paper
     skill_weight: float = 1.0  # of phi^T w; 0: the entropy only
-    learner: Any = field(  # DrQConfig, with vector TD, or DDPGConfig, with scalar TD
+    learner: Any = field(  # Q and the policy: DrQConfig, with vector TD, or DDPGConfig, with scalar TD
         default_factory=lambda: DrQConfig(tau=0.01, epsilon=0.01, epsilon_decay=0)  # as APT's
     )
     gpi: int = 10  # more skills whose psi acting may follow, where actions are numbers; 0: the skill's own alone [VISR]

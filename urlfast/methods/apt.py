@@ -113,14 +113,14 @@ class ICM(nn.Module):
 
 @dataclass(frozen=True)
 class APTConfig:
-    encoder: EncoderConfig = field(default_factory=lambda: PAPER_ENCODER)  # of images; vectors need none
-    representation: Any = field(default_factory=ContrastiveConfig)  # ContrastiveConfig or ICMConfig
+    encoder: EncoderConfig = field(default_factory=lambda: PAPER_ENCODER)  # Of images; vectors need none
+    representation: Any = field(default_factory=ContrastiveConfig)  # Where particles lie, and what is learned for it
     encoder_learns: Literal["representation", "q", "never"] = "representation"  # from what; q: the paper's "w/o CL", never: its "fixed"
     lr: float = 1e-4  # learning rate of Adam, encoder and representation [mini_apt, urlb]
     adam_eps: float = 1e-8  # added to that Adam's denominator [mini_apt, urlb]
     reward: ParticleConfig = field(default_factory=ParticleConfig)
     pool: Literal["batch", "views"] = "batch"  # neighbours among one view of each image, or among all K [released code; mini_apt views]
-    learner: Any = field(  # DrQConfig, DDPGConfig or DrQSACConfig: it learns Q
+    learner: Any = field(  # Q and the policy: DrQConfig, DDPGConfig or DrQSACConfig
         default_factory=lambda: DrQConfig(tau=0.01, epsilon=0.01, epsilon_decay=0)  # tau as mini_apt's, at every update; epsilon ours
     )
     online_views: int = 1  # M of DrQ: views of o_t in an update of Q, of the 2 of the contrastive loss [DrQ-Atari; mini_apt 2]

@@ -28,7 +28,7 @@ from urlfast.nets.encoders import DMC_CONV, EncoderConfig
 @dataclass(frozen=True)
 class TaskConfig:
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
-    learner: Any = field(default_factory=DrQConfig)  # DrQConfig, DDPGConfig or DrQSACConfig
+    learner: Any = field(default_factory=DrQConfig)  # Q and the policy: DrQConfig, DDPGConfig or DrQSACConfig
     online_views: int = 1  # M of DrQ: views of o_t in an update [DrQ-Atari]
     target_views: int = 1  # K of DrQ: views of o_{t+m}, which the target averages [DrQ-Atari]
     n_step: int = 10  # rewards that a target sums before Q takes over [Dopamine]
