@@ -53,6 +53,19 @@ def replay_rows(rng, fields, closed, streams, *, ends=0.12, cuts=0.04, lives=0.1
     return rows
 
 
+def check_batch(batch, reference, drawn):
+    """The batch, item by item, is what the reference has drawn."""
+    assert [(i % reference.streams, i // reference.streams) for i in batch.indices.tolist()] == [item for item, _, _ in drawn]
+    np.testing.assert_allclose(batch.probability, [p for _, p, _ in drawn], rtol=1e-5)
+    np.testing.assert_allclose(batch.weight, [w for _, _, w in drawn], rtol=1e-4)
+    for i, (item, _, _) in enumerate(drawn):
+        for name, value in reference.item(*item).items():
+            if name in ("reward", "discount"):
+                np.testing.assert_allclose(batch[name][i], value, rtol=1e-6, atol=1e-6, err_msg=name)
+            else:
+                np.testing.assert_array_equal(batch[name][i], value, err_msg=name)
+
+
 def opening_rows(n, observation):
     """Rows of zeros that open an episode in each of n streams. observation: its uint8 shape."""
     flags = {"terminated": np.zeros(n, bool), "is_first": np.ones(n, bool), "is_last": np.zeros(n, bool)}

@@ -86,6 +86,51 @@ def test_color_jitter_moves_samples_apart_and_a_stack_together():
         color_jitter(torch.rand(2, 4, 5, 5), 0.4, 0.1, 0.8)
 
 
+def jittered(frames, brightness, contrast, saturation, turns):
+    """One operation after the other on (S, 3, H, W), in float64; clamped at the end alone."""
+
+    def luminance(rgb):
+        return (0.299 * rgb[:, 0] + 0.587 * rgb[:, 1] + 0.114 * rgb[:, 2])[:, None]
+
+    x = np.float64(frames) * brightness
+    x = contrast * x + (1 - contrast) * luminance(x).mean()
+    x = saturation * x + (1 - saturation) * luminance(x)
+    y = luminance(x)[:, 0]  # hue turns the other two of Y, I and Q
+    i, q = (a * x[:, 0] + b * x[:, 1] + c * x[:, 2] for a, b, c in ((0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112)))
+    cos, sin = np.cos(2 * np.pi * turns), np.sin(2 * np.pi * turns)
+    i, q = cos * i - sin * q, sin * i + cos * q
+    rgb = [y + 0.956 * i + 0.619 * q, y - 0.272 * i - 0.647 * q, y - 1.106 * i + 1.703 * q]  # the same standard's way back
+    return np.clip(np.stack(rgb, 1), 0, 1)
+
+
+def expected_jitter(images, config, generator):
+    """(B, 3 S, H, W) in 0..1: every sample by what color_jitter draws for it."""
+    draw = torch.rand(5, len(images), generator=generator).numpy().astype(np.float64)
+    out = []
+    for image, (brightness, contrast, saturation, hue, chance) in zip(images, draw.T, strict=True):
+        frames = image.reshape(-1, 3, *image.shape[1:])
+        factors = (1 + config.jitter * (2 * u - 1) for u in (brightness, contrast, saturation))
+        moved = jittered(frames, *factors, config.jitter_hue * (2 * hue - 1)) if chance < config.jitter_probability else frames
+        out.append(moved.reshape(image.shape))
+    return np.stack(out)
+
+
+def test_color_jitter_is_four_operations_one_after_the_other():
+    config, images = AugmentConfig(), torch.rand(30, 6, 5, 4, generator=generator(0))
+    got = color_jitter(images, config.jitter, config.jitter_hue, config.jitter_probability, generator=generator(2))
+    want = expected_jitter(images.numpy(), config, generator(2))
+    np.testing.assert_allclose(got.numpy(), want, atol=2e-3)  # three digits of the standard's way back
+    assert (np.abs(want - images.numpy()).max((1, 2, 3)) > 0.05).sum() > 15
+
+
+def test_an_rgb_view_is_shifted_and_then_jittered():
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (5, 6, 12, 12), np.uint8))
+    config, draws = AugmentConfig(), generator(4)
+    shifted = random_shift(images, config.shift, copies=2, generator=draws).numpy() / 255
+    views = Augment(config, 3, generator(4))(images, 2, torch.float32, torch.contiguous_format)
+    np.testing.assert_allclose(views.numpy(), expected_jitter(shifted, config, draws), atol=2e-3)
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_views_follow_the_generator(channels):
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (5, 2 * channels, 12, 12), np.uint8))

@@ -1,10 +1,14 @@
-"""Memory that is freed and wanted again."""
+"""Memory that is freed and wanted again, and the arithmetic that a device is given."""
 
 import ctypes
 import subprocess
 import sys
 
 import pytest
+import torch
+
+from urlfast import device
+from urlfast.device import Arithmetic
 
 FAULTS = """
 import resource, sys
@@ -30,3 +34,17 @@ def test_freed_memory_is_kept():
         for word in ("keep", "")
     )
     assert kept < 20 <= given_back
+
+
+def test_bfloat16_is_used_where_it_is_not_emulated(monkeypatch):
+    for has, auto in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(device, "has_bf16", lambda _, has=has: has)
+        assert Arithmetic.choose("cpu").dtype == auto
+        assert Arithmetic.choose("cpu", "fp32").dtype == torch.float32
+        if has:
+            assert Arithmetic.choose("cpu", "bf16").dtype == torch.bfloat16
+        else:
+            with pytest.raises(ValueError, match=r"^precision: bf16 needs .* which cpu has not: use fp32$"):
+                Arithmetic.choose("cpu", "bf16")
+    with pytest.raises(ValueError, match=r"^precision: must be auto, fp32 or bf16, got 'half'$"):
+        Arithmetic.choose("cpu", "half")

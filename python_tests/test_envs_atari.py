@@ -1,6 +1,7 @@
 """Atari's two backends against a plain ALE loop, against each other, and against the rules of urlfast.envs.Step."""
 
 import dataclasses
+import gc
 import itertools
 import math
 import os
@@ -464,8 +465,30 @@ def test_workers_end_with_the_process_that_made_them():
             assert not any(alive(pid) for pid in pids), how
 
 
-def test_workers_import_neither_torch_nor_the_main_module():
+def test_workers_import_neither_torch_nor_the_main_module(tmp_path):
     with processes(num_envs=1) as env:
         env.reset()
-        with open(f"/proc/{env._pool[0].process.pid}/maps") as maps:
+        pid = env._pool[0].process.pid
+        with open(f"/proc/{pid}/maps") as maps:
             assert "torch" not in maps.read()
+        assert os.getpgid(pid) != os.getpgid(0)  # a Ctrl-C in the terminal is this process's to handle
+    (tmp_path / "main.py").write_text(
+        f"import sys; sys.path[:] = {[path or os.getcwd() for path in sys.path]!r}\n"
+        "from urlfast.envs.atari import *\n"
+        "print('imported', flush=True)\n"
+        "if __name__ == '__main__':\n"
+        "    with make_atari(AtariConfig(num_envs=2, backend='processes', workers=2)) as env:\n"
+        "        env.reset()\n"
+    )
+    done = subprocess.run([sys.executable, tmp_path / "main.py"], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "imported\n", "")
+
+
+def test_workers_end_with_the_environment_that_is_forgotten():
+    env = processes(num_envs=2)
+    env.reset()
+    workers = [worker.process for worker in env._pool]
+    assert all(alive(worker.pid) for worker in workers)
+    del env
+    gc.collect()
+    assert not any(alive(worker.pid) for worker in workers)

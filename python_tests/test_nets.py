@@ -94,8 +94,18 @@ def test_dueling_q_is_two_separate_streams():
     value = torch.relu(features @ W[:5].T + b[:5]) @ q.value.weight.T + q.value.bias
     advantage = torch.relu(features @ W[5:].T + b[5:]) @ q.advantage.weight.T + q.advantage.bias
     torch.testing.assert_close(q(features), value + advantage - advantage.mean(1, keepdim=True))
+
+
+def test_the_last_layers_of_dueling_q_stay_in_float32_under_autocast():
+    torch.manual_seed(0)
+    q, features = DuelingQ(64, 3, hidden=256), torch.randn(4, 64)
     with torch.autocast("cpu", torch.bfloat16):
-        assert q(features).dtype == torch.float32
+        got, hidden = q(features), q.hidden(features)
+    assert hidden.dtype == torch.bfloat16
+    value, advantage = torch.relu(hidden).float().chunk(2, -1)
+    want = dueling(value @ q.value.weight.T + q.value.bias, advantage @ q.advantage.weight.T + q.advantage.bias)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
 def reference_mlp(mlp, x):

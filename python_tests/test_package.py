@@ -145,7 +145,8 @@ def stub_names():
 
 
 def parameters(node):
-    return [a.arg for a in [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs] if a.arg != "self"]
+    named = [*node.args.posonlyargs, *node.args.args, node.args.vararg, *node.args.kwonlyargs, node.args.kwarg]
+    return [a.arg for a in named if a is not None and a.arg != "self"]
 
 
 def real_names():
@@ -169,7 +170,12 @@ def real_names():
 def documented(function):
     """Parameter names from the first line that pybind11 writes: name(self: T, x: int = 3, *, y: object) -> None"""
     signature = re.match(r"\w+\((.*)\)", (function.__doc__ or "").split("\n")[0])
-    return [m for m in re.findall(r"(?:^|, )\*{0,2}(\w+)(?=:|,|$)", signature.group(1)) if m != "self"] if signature else []
+    if signature is None:
+        return []
+    text, inner = signature[1], 1
+    while inner:
+        text, inner = re.subn(r"\[[^\[\]]*\]", "", text)  # tuple[str, int] holds no parameter
+    return [m for m in re.findall(r"(?:^|, )\*{0,2}(\w+)(?=:|,|$)", text) if m != "self"]
 
 
 def test_the_stub_is_the_module():
@@ -179,5 +185,5 @@ def test_the_stub_is_the_module():
     extra = {name for name in stub if name not in real and "__" not in name}
     assert not extra, f"_core.pyi declares what is not there: {sorted(extra)}"
     for name in real.keys() & stub.keys():
-        if real[name] is not None and stub[name] is not None and not name.endswith("__"):
+        if real[name] is not None and stub[name] is not None:
             assert real[name] == stub[name], name

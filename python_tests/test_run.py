@@ -5,6 +5,7 @@ import io
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -43,10 +44,10 @@ import sys, time, os
 from urlfast.run import Run
 with Run(sys.argv[1]).locked():
     if sys.argv[2] == "fork" and os.fork() == 0:
-        os.write(1, b"child\n")
+        os.write(1, b"child %d\n" % os.getpid())
         time.sleep(60)
         os._exit(0)
-    os.write(1, b"held\n")
+    os.write(1, b"held %d\n" % os.getpid())
     time.sleep(60)
 """
 
@@ -55,14 +56,19 @@ with Run(sys.argv[1]).locked():
 def test_a_run_in_use_is_refused_and_free_once_its_process_was_killed(run, how):
     """Also where a worker that it forked lives on."""
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, run.folder, how], env=toy_run.environment(), stdout=subprocess.PIPE, text=True)
-    for _ in range(2 if how == "fork" else 1):
-        assert holder.stdout.readline().strip() in ("held", "child")
-    with pytest.raises(UserError, match=f"in use by process {holder.pid}"), run.locked():
-        pass
-    holder.kill()
-    holder.wait()
-    with run.locked():
-        assert (run.folder / ".lock").read_text() == f"{os.getpid()}\n"
+    pids = dict(holder.stdout.readline().split() for _ in range(2 if how == "fork" else 1))
+    assert pids.keys() == ({"held", "child"} if how == "fork" else {"held"})
+    try:
+        with pytest.raises(UserError, match=f"in use by process {holder.pid}"), run.locked():
+            pass
+        holder.kill()
+        holder.wait()
+        with run.locked():
+            assert (run.folder / ".lock").read_text() == f"{os.getpid()}\n"
+    finally:
+        holder.kill()
+        if how == "fork":
+            os.kill(int(pids["child"]), signal.SIGKILL)
 
 
 def test_a_lock_is_no_way_out_of_the_folder(run, tmp_path):

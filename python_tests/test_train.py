@@ -1,8 +1,8 @@
 """The loop, on a world where everything is known, interrupted and killed as runs are."""
 
+import os
 import signal
 import subprocess
-import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -72,9 +72,9 @@ def test_a_run_says_what_it_will_take(finished, tmp_path, capsys):
 
 def test_a_resumed_run_equals_one_that_was_not_interrupted(finished, tmp_path, monkeypatch, capsys):
     """Interrupted where the episodes begin anyway, nothing at all may differ but the times."""
-    monkeypatch.setenv("TOY_INTERRUPT", "42")  # seven episodes of five actions and a reset
+    monkeypatch.setenv("TOY_SIGNAL", "42:SIGINT")  # seven episodes of five actions and a reset
     assert train.run_train(["toy", "corridor", "--runs", str(tmp_path)]) == 128 + signal.SIGINT
-    monkeypatch.delenv("TOY_INTERRUPT")
+    monkeypatch.delenv("TOY_SIGNAL")
     (folder,) = tmp_path.iterdir()
     assert f"urlfast train --resume {folder}" in capsys.readouterr().out
     assert read_latest(folder).step == 70
@@ -106,23 +106,16 @@ def begin(*arguments, **variables):
     )
 
 
-def wait_for(condition, process):
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def test_killed_twice_and_resumed_no_step_is_lost_or_counted_twice(tmp_path):
-    process = begin("toy", "corridor", "--runs", str(tmp_path), "--checkpoint-every", "30", TOY_SLOW="0.02")
-    wait_for(lambda: list(tmp_path.glob("*/checkpoints/step-000000060")), process)
-    process.kill()
-    process.communicate()
+    process = begin("toy", "corridor", "--runs", str(tmp_path), "--checkpoint-every", "30", TOY_SIGNAL="40:SIGKILL")
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL, error
     (folder,) = tmp_path.iterdir()
-    process = begin("--resume", str(folder), TOY_SLOW="0.02")
-    wait_for(lambda: list(folder.glob("checkpoints/step-000000120")), process)
-    process.send_signal(signal.SIGSTOP)
+    assert read_latest(folder).step == 60
+    process = begin("--resume", str(folder), TOY_SIGNAL="40:SIGSTOP")
+    _, status = os.waitpid(process.pid, os.WUNTRACED)
+    assert os.WIFSTOPPED(status), process.communicate()
+    assert read_latest(folder).step == 120
     refused = subprocess.run([*toy_run.COMMAND, "--resume", str(folder)], env=toy_run.environment(), capture_output=True, text=True)
     assert refused.returncode == 1 and refused.stderr == f"urlfast train: {folder} is in use by process {process.pid}\n"
     process.kill()
@@ -137,15 +130,24 @@ def test_killed_twice_and_resumed_no_step_is_lost_or_counted_twice(tmp_path):
 
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_run_saves_and_says_how_to_go_on(tmp_path, number, status):
-    process = begin("toy", "corridor", "--runs", str(tmp_path), TOY_SLOW="0.02")
-    wait_for(lambda: list(tmp_path.glob("*/checkpoints/step-000000040")), process)
-    process.send_signal(number)
-    out, error = process.communicate(timeout=30)
+    process = begin("toy", "corridor", "--runs", str(tmp_path), TOY_SIGNAL=f"28:{number.name}")
+    out, error = process.communicate(timeout=120)
     assert process.returncode == status, error
     (folder,) = tmp_path.iterdir()
     assert f"urlfast train --resume {folder}" in out and "Traceback" not in error
     saved = read_latest(folder, replay=True)
-    assert saved.step >= 40 and read_metrics(folder)[-1]["step"] == saved.step
+    assert saved.step == 48 and read_metrics(folder)[-1]["step"] == 48  # in 28 steps of two worlds four were resets
+
+
+def test_a_second_interrupt_is_not_waited_for(tmp_path):
+    folder = toy_run.new(tmp_path, "--steps", "60").folder
+    process = begin("--resume", str(folder), "--steps", "200", TOY_SIGNAL="2:SIGINT", TOY_SLOW="60")
+    said = [process.stderr.readline() for _ in range(2)]
+    assert "SIGINT: saving a checkpoint; once more to leave without it" in said[1], said
+    process.send_signal(signal.SIGINT)  # while an update of 60 seconds goes on
+    _, error = process.communicate(timeout=30)
+    assert process.returncode == 130 and "Traceback" not in error, error
+    assert read_latest(folder).step == 60
 
 
 def test_the_first_checkpoint_is_there_before_the_first_step(tmp_path, monkeypatch):

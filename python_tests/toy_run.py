@@ -1,7 +1,7 @@
 """`urlfast train toy corridor`: a method and a world that train in milliseconds, to be killed and resumed.
 
-Run as a script it is `urlfast train` with this method and domain beside the real ones. TOY_INTERRUPT=n: the world presses Ctrl-C at its
-n-th step. TOY_SLOW=s: an update takes s seconds.
+Run as a script it is `urlfast train` with this method and domain beside the real ones. TOY_SIGNAL=n:NAME: its n-th step begins by sending
+the process that signal. TOY_SLOW=s: an update takes s seconds.
 """
 
 import os
@@ -56,11 +56,12 @@ class Corridor(VectorEnv):
 
     def _send(self, actions):
         self._actions = actions
+        self._calls += 1
+        when, _, name = os.environ.get("TOY_SIGNAL", "0:").partition(":")
+        if self._calls == int(when):
+            os.kill(os.getpid(), signal.Signals[name])
 
     def _recv(self):
-        self._calls += 1
-        if self._calls == int(os.environ.get("TOY_INTERRUPT", 0)):
-            os.kill(os.getpid(), signal.SIGINT)
         is_first = self._episodes.is_last
         self._at = np.where(is_first, 0, self._at + 1)
         over = self._at == self.length

@@ -26,7 +26,6 @@ import shutil
 import struct
 import sys
 import tempfile
-import threading
 import time
 import traceback
 
@@ -36,7 +35,8 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), os.p
 import reference_knn
 import reference_stats
 import torch
-from reference_replay import ReferenceReplay
+from reference_replay import ReferenceReplay, check_batch, replay_rows, replay_settings
+from together import together
 
 import urlfast
 from urlfast import EpisodicMemory, Field, LatentDynamics, RunningNormalizer, SequenceReplay, ema_update_, knn, knn_reward
@@ -175,8 +175,7 @@ class Source:
             return self.layout(x, contiguous)
         x = np.array(x, order="C")  # a copy that may be written
         if library == "jax":
-            made = jax.numpy.asarray(x)
-            self.wrong |= made.dtype != x.dtype  # without x64
+            made = jax.device_put(x)  # jax.numpy.asarray compiles, and keeps, a program for each new shape
             return made
         if x.dtype.kind == "u" and x.dtype.itemsize > 1:
             return x
@@ -248,22 +247,6 @@ class Target:
             told = message.startswith(("/", "Unable to allocate")) or getattr(error, "filename", None)
             if not (named and named[1] in self.names) and not told:
                 raise AssertionError(f"{method}: names no argument: {type(error).__name__}: {message}") from error
-
-    def threads(self, works):
-        """All at once; what one of them finds is raised."""
-        found = []
-
-        def run(work):
-            try:
-                work()
-            except BaseException as error:
-                found.append(error)
-
-        running = [threading.Thread(target=run, args=(w,)) for w in works]
-        [t.start() for t in running]
-        [t.join() for t in running]
-        if found:
-            raise found[0]
 
 
 def distances_of(q, m):
@@ -481,7 +464,7 @@ class Memory(Target):
                         ]
                     )()
 
-            return self.threads([work] * 3)
+            return together(work, work, work)
         for _ in range(16):
             s.wrong = False
             method = s.pick(["step", "step", "step", *self.methods[2:], "other"])
@@ -592,7 +575,7 @@ class Normalizer(Target):
                         ]
                     )()
 
-            return self.threads([work] * 3)
+            return together(work, work, work)
         for _ in range(14):
             s.wrong = False
             before, method = normalizer.state_dict(), s.pick(self.methods[1:])
@@ -708,7 +691,7 @@ class Latents(Target):
                         ]
                     )()
 
-            return self.threads([work] * 3)
+            return together(work, work, work)
 
         def opened():
             """The noise and the action that a first row draws."""
@@ -873,30 +856,15 @@ class Replay(Target):
     )
 
     def settings(self, s):
-        n = s.integer(1, 3)
-        how = {"num_streams": n, "frame_stack": s.pick([None, 1, 3]), "seed": s.integer(0, 99), "ring": s.integer(1, 4)}
-        fields = {
-            "observation": Field(s.pick([(2,), (1, 2, 3), (3, 1)]), s.pick(["uint8", "float32", "int16", "float64", "bool"])),
-            "action": Field((), s.pick(["int64", "float16"])),
-        }
-        if s.chance(0.5):
-            window = how["n_step"] = s.integer(1, 4)
-            how["gamma"] = s.pick([0.0, 0.9, 1.0, 1])
-        else:
-            how["burn_in"] = s.integer(0, 2)
-            window = how["sequence_length"] = how["burn_in"] + s.integer(2, 4)
-            how["stride"], how["cross_episodes"] = s.integer(1, 3), s.chance(0.3)
-            if how["cross_episodes"]:
-                how["frame_stack"] = None
-            if how["stride"] > 1:
-                fields["state"] = Field((2,), "float32", every=how["stride"])
-        if s.chance(0.5):
-            how.update(priority_exponent=s.pick([0.5, 1.0]), importance_exponent=s.pick([0.0, 0.6, 1.0]), eta=s.pick([0.9, 0.0, 1]))
+        observations = [Field(s.pick([(2,), (1, 2, 3), (3, 1)]), s.pick(["uint8", "float32", "int16", "float64", "bool"]))]
+        small = {"n_steps": range(1, 5), "lengths": range(2, 5), "importance": [0.0, 0.6, 1.0]}
+        capacity, fields, how = replay_settings(s.pick, observations, **small)
+        fields["action"] = Field((), s.pick(["int64", "float16"]))
+        how.update(seed=s.integer(0, 99), ring=s.integer(1, 4))
         if s.chance(0.1):
             how.update(storage="file", path=self.folder)
         if s.chance(0.1):
             how["expected_rows"] = s.integer(0, 9)
-        capacity = (window + (how["frame_stack"] or 1) + s.integer(0, 6)) * n + s.integer(0, n - 1)
         return capacity, fields, how
 
     def round(self, s):
@@ -983,18 +951,8 @@ class Replay(Target):
             assert got == reference.kept * reference.streams
 
     def rows(self, s, state, streams):
-        n = len(streams)
-        rows = {name: s.rng.integers(0, 2 if f.dtype == "bool" else 99, (n, *f.shape)).astype(f.dtype) for name, f in state.fields.items()}
-        rows["reward"] = s.rng.standard_normal(n).astype(np.float32)
-        rows["terminated"], last = s.rng.random(n) < 0.1, s.rng.random(n) < 0.15
-        first, opens = np.zeros(n, bool), state.opens.copy()
-        for i, stream in enumerate(streams):
-            first[i] = opens[stream] or s.chance(0.05)
-            opens[stream] = last[i]
-        rows.update(is_first=first, is_last=last)
-        if state.how.get("priority_exponent") and s.chance(0.3):
-            rows["priority"] = np.where(s.rng.random(n) < 0.5, np.nan, s.rng.random(n) * 3).astype(np.float32)
-        return rows, opens
+        opens = state.opens.copy()
+        return replay_rows(s.rng, state.fields, opens, streams, priority=state.how.get("priority_exponent", 0) > 0), opens
 
     def add(self, s, state, method, folder):
         streams = None if s.chance(0.6) else s.rng.integers(0, state.reference.streams, s.integer(0, 6))
@@ -1028,19 +986,9 @@ class Replay(Target):
         state.reference.add(rows, None if streams is None else which)
 
     def check(self, state, batch, size, compared):
-        reference = state.reference
-        drawn = reference.sample(size)
-        if not compared:
-            return
-        assert [(i % reference.streams, i // reference.streams) for i in value(batch.indices).tolist()] == [item for item, _, _ in drawn]
-        same(batch.probability, [p for _, p, _ in drawn], 1e-5, 0, "probability")
-        same(batch.weight, [w for _, _, w in drawn], 1e-4, 0, "weight")
-        for i, (item, _, _) in enumerate(drawn):
-            for name, want in reference.item(*item).items():
-                if name in ("reward", "discount"):
-                    same(batch[name][i], want, 1e-5, 1e-5, name)
-                else:
-                    np.testing.assert_array_equal(batch[name][i], want, err_msg=name)
+        drawn = state.reference.sample(size)
+        if compared:
+            check_batch(batch, state.reference, drawn)
 
     def sample(self, s, state, method, folder):
         size = s.integer(1, 5)
@@ -1198,7 +1146,7 @@ class Replay(Target):
                     assert re.match(r"sample: nothing|SequenceReplay: it has been closed", str(error)), error
 
         seeds = s.rng.integers(0, 2**31, 3).tolist()
-        self.threads([lambda seed=seed: work(seed) for seed in seeds])
+        together(*[lambda seed=seed: work(seed) for seed in seeds])
         with contextlib.suppress(RuntimeError):
             root, leaves = replay._core.totals()
             assert root == leaves
@@ -1220,6 +1168,8 @@ TARGETS = {"knn": Knn, "memory": Memory, "normalizer": Normalizer, "latent": Lat
 def resident():
     """Bytes of memory the process holds, after everything that may be given back was."""
     gc.collect()
+    if jax is not None:
+        jax.clear_caches()  # it keeps a program for each shape
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     with open("/proc/self/statm") as file:
@@ -1231,6 +1181,8 @@ def run(name, calls, seed, only, most, told):
     global jax
     if importlib.util.find_spec("jax"):
         import jax
+
+        jax.config.update("jax_enable_x64", True)  # else it makes other dtypes of some results, by a program for each shape
     faulthandler.enable()
     base = "/dev/shm" if os.path.isdir("/dev/shm") else None
     with tempfile.TemporaryDirectory(prefix="urlfast-fuzz-", dir=base) as folder:

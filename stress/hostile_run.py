@@ -434,18 +434,18 @@ def main() -> None:
     arguments = parser.parse_args()
     chance = random.Random(arguments.seed)
     torch.set_num_threads(1)
-    os.environ["TOY_INTERRUPT"] = "3"  # a run that goes on is stopped at its third step
+    os.environ["TOY_SIGNAL"] = "3:SIGINT"  # a run that goes on is stopped at its third step
     train.METHODS["toy"] = Toy
     train.seconds_per_update = lambda *_: 0.001
     resource.setrlimit(resource.RLIMIT_AS, (12 << 30, 12 << 30))
     with tempfile.TemporaryDirectory() as place:
         place = Path(place)
         (place / "runs").mkdir()
-        del os.environ["TOY_INTERRUPT"]
+        del os.environ["TOY_SIGNAL"]
         with contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO())):
             run = toy_run.new(place / "runs", "--steps", str(STEPS), "--log-every", "50").folder
             evaluate.evaluate(evaluate.EvaluateConfig((str(run),), episodes=3))
-        os.environ["TOY_INTERRUPT"] = "3"
+        os.environ["TOY_SIGNAL"] = "3:SIGINT"
         assert read_metrics(run)[-1]["step"] == STEPS
         (place / "copies").mkdir()
         cases = Cases(run, place / "copies")

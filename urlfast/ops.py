@@ -65,9 +65,9 @@ def knn(
         then accepted.
     include_self: False excludes each row from its own neighbours, by index (duplicates of it stay); then k <= B - 1. Not with keys.
     Returns (distances, indices), (B, k) or (S, B, k), in queries' library, on queries' device, without gradient: float64 for float64 and
-    float32 otherwise (computed in that precision, from differences, so a large mean costs no digits); int64. Where a problem has fewer
-    than k keys, rows end in infinity and -1. Deterministic, whatever the number of threads. Of values above 1e15 beside small ones,
-    float32 distances below 1e-24 of the largest value are 0: give float64 there.
+    float32 otherwise (computed in that precision, from differences, so a large mean costs no digits); int64, of which JAX makes int32
+    unless jax_enable_x64 is set. Where a problem has fewer than k keys, rows end in infinity and -1. Deterministic, whatever the number
+    of threads. Of values above 1e15 beside small ones, float32 distances below 1e-24 of the largest value are 0: give float64 there.
     Raises TypeError (no array, dtype, a wrong type), ValueError (shape, layout, k, lengths, devices; on the CPU also NaN or infinity in
     rows in use: on CUDA NaN propagates instead).
     """
