@@ -393,7 +393,9 @@ def load(saved: dict) -> tuple[str, str, TrainConfig]:
     method, domain = saved["method"], saved["domain"]
     if (method, domain) not in PRESETS:
         raise UserError(f"config.json: this urlfast has no {method!r} on {domain!r}")
-    return method, domain, from_dict(next(iter(PRESETS[method, domain].values())), saved["config"])
+    presets = PRESETS[method, domain]
+    default = presets.get(saved.get("preset"), next(iter(presets.values())))  # they differ in what they are made of
+    return method, domain, from_dict(default, saved["config"])
 
 
 def farewell(run: Run, stopped: str | None) -> int:

@@ -18,6 +18,7 @@ from urlfast.learners.ddpg import DDPGConfig
 from urlfast.learners.drq import DrQConfig
 from urlfast.learners.drq_sac import DrQSACConfig
 from urlfast.methods import FREEZE, LOAD, RESET, transfer
+from urlfast.methods.agent import LEARNED
 from urlfast.run import Run, UsageError, UserError, command
 from urlfast.train import DOMAINS, METHODS, PRESETS, TrainConfig, load, refusals, start, usage
 
@@ -43,7 +44,9 @@ def run_transfer(argv: list[str]) -> int:
         raise UsageError("which run? urlfast transfer RUN [--task TASK] [--rule RULE]")
     method, domain, pretrained = load(run.config)
     task = "aps-task" if method == "aps" else TASK[type(pretrained.method.learner)]
-    preset, default = next(iter(PRESETS[task, domain].items()))
+    presets = PRESETS[task, domain]
+    preset = run.config.get("preset") if run.config.get("preset") in presets else next(iter(presets))
+    default = presets[preset]
     default = replace(default, method=default.method.after(pretrained.method), env=replace(pretrained.env, num_envs=default.env.num_envs))
     default = replace(default, steps=STEPS.get(domain, default.steps), seed=pretrained.seed, runs=str(run.folder.parent))
     options = {field.name: getattr(default, field.name) for field in fields(TrainConfig)}
@@ -57,7 +60,7 @@ def run_transfer(argv: list[str]) -> int:
     checkpoint = read_latest(run.folder) if wanted.checkpoint == "latest" else read_at(run.folder, wanted.checkpoint)
     with checkpoint.fitting():
         parts, table = dict(checkpoint.state["method"]), METHODS[method].TRANSFER[wanted.rule]
-    check_actions(domain, pretrained.env, config.env, table)
+    check_fits(domain, pretrained.env, config.env, table)
     print(f"from {run.folder}, {method} at step {checkpoint.step:,}, rule {wanted.rule}:")
     for part in parts:
         print(f"  {part:18} {WORDS[table.get(part, RESET)] if part in METHODS[task].parts else 'not used'}", flush=True)
@@ -77,17 +80,21 @@ def run_transfer(argv: list[str]) -> int:
     )
 
 
-def check_actions(domain: str, before, after, table: dict) -> None:
-    """Raises UserError where Q is to be loaded into a task with another number of actions."""
-    if table.get("q", RESET) == RESET:
-        return
-    counts = []
+def check_fits(domain: str, before, after, table: dict) -> None:
+    """Raises UserError where what is loaded was made for other observations, or for other actions."""
+    worlds = []
     for config in (before, after):
         with refusals(), closing(DOMAINS[domain](config, num_envs=1)) as env:
-            counts.append(env.actions)
-    if counts[0] != counts[1]:
+            worlds.append((env.observation_shape, env.actions))
+    (shape, actions), (other_shape, other_actions) = worlds
+    if shape != other_shape:
+        raise UserError(
+            f"{after.name} shows observations of shape {other_shape}, the run's {before.name} {shape}: "
+            "a transfer stays among the tasks of one domain"
+        )
+    if actions != other_actions and any(table[part] != RESET for part in LEARNED):
         hint = ", or pre-train with --env.full-action-set" if domain == "atari" else ""
-        raise UserError(f"{after.name} has {counts[1]} actions, the run's {before.name} {counts[0]}: use --rule random-head{hint}")
+        raise UserError(f"{after.name} has {other_actions} actions, the run's {before.name} {actions}: use --rule random-head{hint}")
 
 
 WORDS = {LOAD: "loaded", FREEZE: "loaded and frozen", RESET: "begins anew"}
