@@ -142,10 +142,13 @@ def test_an_interrupted_run_saves_and_says_how_to_go_on(tmp_path, number, status
 def test_a_second_interrupt_is_not_waited_for(tmp_path):
     folder = toy_run.new(tmp_path, "--steps", "60").folder
     process = begin("--resume", str(folder), "--steps", "200", TOY_SIGNAL="2:SIGINT", TOY_SLOW="60")
-    said = [process.stderr.readline() for _ in range(2)]
-    assert "SIGINT: saving a checkpoint; once more to leave without it" in said[1], said
-    process.send_signal(signal.SIGINT)  # while an update of 60 seconds goes on
-    _, error = process.communicate(timeout=30)
+    try:
+        said = [process.stderr.readline() for _ in range(2)]
+        assert "SIGINT: saving a checkpoint; once more to leave without it" in said[1], said
+        process.send_signal(signal.SIGINT)  # while an update of 60 seconds goes on
+        _, error = process.communicate(timeout=30)
+    finally:
+        process.kill()
     assert process.returncode == 130 and "Traceback" not in error, error
     assert read_latest(folder).step == 60
 
