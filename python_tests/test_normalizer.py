@@ -218,6 +218,9 @@ def test_normalize_passes_on_what_is_not_finite(clip, dtype):
     want = [np.nan, np.inf, -np.inf if clip is None else 0, 1 - (clip or 0)]
     np.testing.assert_allclose(r.normalize(bad.astype(dtype)), want, rtol=1e-3)
     np.testing.assert_allclose(r.normalize(np.tile(bad, 20)[:77].astype(dtype)), np.tile(want, 20)[:77], rtol=1e-3)
+    r = RunningNormalizer(shape=(4,), clip=clip)
+    r.update(np.full((8, 4), 2.0))
+    np.testing.assert_allclose(r.normalize(np.tile(bad, (5, 1)).astype(dtype)), np.tile(want, (5, 1)), rtol=1e-3)
 
 
 @pytest.mark.parametrize("device", DEVICES)
