@@ -23,7 +23,7 @@ def urlfast(*arguments, module="urlfast", **variables):
 def test_help_names_every_command():
     done = urlfast("--help")
     assert done.returncode == 0
-    for command in ("train", "transfer", "evaluate", "report", "info"):
+    for command in ("train", "transfer", "sweep", "evaluate", "report", "info"):
         assert f"\n  {command} " in done.stdout
 
 

@@ -9,6 +9,7 @@ from urlfast import __version__
 COMMANDS = {
     "train": "pre-train without reward, or train on a game's own",
     "transfer": "fine-tune a pre-trained run on its game's reward",
+    "sweep": "a list of them, with seeds, one after the other or side by side, and a report",
     "evaluate": "score and coverage of a run, beside a random policy",
     "report": "one HTML page of a run or several",
     "info": "what this installation has and can use",

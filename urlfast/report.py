@@ -82,6 +82,7 @@ class Story:
     particles: Particles | None = None
     video: Path | None = None
     lacks: dict[str, str] = field(default_factory=dict)
+    row: str = ""  # of the sweep that it is from
     group: str = ""  # what it is compared as, beside other runs
 
     @property
@@ -164,6 +165,18 @@ def read(folder: str | Path) -> Story:
     except UserError as error:
         story.lacks["particles"] = f"No picture of the particles: {error}."
     return story
+
+
+def read_all(folder: str | Path) -> list[Story]:
+    """Of a run, or of every run of a sweep's folder, by the names of its rows."""
+    if not (Path(folder) / "sweep.json").is_file():
+        return [read(folder)]
+    from urlfast.sweep import runs_of
+
+    stories = [replace(read(run), row=row) for run, row in runs_of(folder).items()]
+    if not stories:
+        raise UserError(f"{folder}: no run of this sweep has begun")
+    return stories
 
 
 COUNTS = ("frames", "unique_states", "unique_places", "frames_of_unique_states")
@@ -922,7 +935,10 @@ def name_groups(stories: list[Story]) -> None:
     """Runs of one kind that differ in an option other than BESIDE are not runs of one thing: the option joins their group's name."""
     kinds: dict[str, list[Story]] = {}
     for story in stories:
-        kinds.setdefault(story.kind, []).append(story)
+        if story.row:  # whose name says what it is
+            story.group = story.row
+        else:
+            kinds.setdefault(story.kind, []).append(story)
     for kind, same in kinds.items():
         options = [_flat(story.options) for story in same]
         names = sorted({name for o in options for name in o} - BESIDE)
@@ -1036,7 +1052,7 @@ def report(runs: Sequence[str | Path], out: str | Path | None = None) -> Path:
     """Writes the page of one run or several and returns its path: `out`, else RUN/report.html for one run and ./report.html for several."""
     if not runs:
         raise UserError("RUN: name at least one run's folder")
-    stories = [read(run) for run in runs]
+    stories = [story for run in runs for story in read_all(run)]
     path = Path(out) if out is not None else stories[0].folder / "report.html" if len(stories) == 1 else Path("report.html")
     content = page(stories).encode("utf-8", "backslashreplace").decode()
     try:
