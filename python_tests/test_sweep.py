@@ -179,6 +179,15 @@ def test_jobs_run_side_by_side_and_share_the_threads(journal, monkeypatch):
     assert sweep.Local(2).environment == {}
 
 
+def test_what_a_command_said_last_is_found_in_a_box_too(tmp_path):
+    log = tmp_path / "log.txt"
+    assert sweep.last_line(log) == ""
+    log.write_text("$ x\nfirst\nlast words\n\n")
+    assert sweep.last_line(log) == "last words"
+    log.write_text("$ x\n╭─ Unrecognized options ─╮\n│ Unrecognized options: --stepz │\n│ For full helptext ... │\n╰────╯\n")
+    assert sweep.last_line(log) == "Unrecognized options: --stepz"
+
+
 @pytest.mark.parametrize("found, says", [
     ({"rows": []}, "rows: must be a list of objects"),
     ({"rows": [{"name": "a", "train": "apt dmc"}], "sedes": [1]}, "unknown 'sedes', did you mean 'seeds'"),

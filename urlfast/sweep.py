@@ -245,13 +245,15 @@ def newest_run(folder: Path) -> Path | None:
 
 
 def last_line(log: Path) -> str:
+    """What a command said last; of tyro's box, its first line."""
     try:
         with open(log, "rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 8192))
-            lines = [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+            _, box, text = file.read().decode(errors="replace").rpartition("╭")
     except OSError:
         return ""
-    return one_line(lines[-1], 300) if lines else ""
+    lines = [line for line in (line.strip(" \t│╭╮╰╯─") for line in text.splitlines()) if line]
+    return one_line(lines[min(1, len(lines) - 1) if box else -1], 300) if lines else ""
 
 
 def slug(text: str) -> str:
