@@ -47,6 +47,7 @@ static void hand_over(const DeviceArray& array, const py::object& stream_in) {
     if (number != 1) stream = reinterpret_cast<CUstream_st*>(number);
   }
   DeviceOrder& order = *array.order;
+  if (cuda_capturing(order.written.device(), stream)) return;
   order.written.order(stream);
   if (stream == order.writer) return;
   // torch's streams live as long as the process, so what it does with the array can be waited for later. Other streams

@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>  // shapes become tuples: every file must see the same conversions
 
+#include <algorithm>
 #include <initializer_list>
 #include <memory>
 #include <optional>
@@ -90,6 +91,23 @@ inline py::object torch_on_cuda() {
   return !torch.is_none() && torch.attr("cuda").attr("is_initialized")().cast<bool>() ? torch : py::none();
 }
 
+// What call() returns with `index` as CuPy's current device, which its streams and new arrays belong to.
+template <class Call>
+py::object on_cupy_device(int index, Call call) {
+  const py::object device = imported("cupy").attr("cuda").attr("Device")(index);
+  const auto leave = [&] { device.attr("__exit__")(py::none(), py::none(), py::none()); };
+  device.attr("__enter__")();
+  py::object out;
+  try {
+    out = call();
+  } catch (...) {
+    leave();
+    throw;
+  }
+  leave();
+  return out;
+}
+
 // The stream that the caller's library would launch on now; for an array of no known library, that of the library that
 // the caller uses besides. 0 is the legacy default stream.
 inline CUstream_st* current_stream(Library library, int device) {
@@ -99,7 +117,9 @@ inline CUstream_st* current_stream(Library library, int device) {
   if (library == Library::torch)
     stream = imported("torch").attr("cuda").attr("current_stream")(device).attr("cuda_stream").cast<uintptr_t>();
   else if (library == Library::cupy)
-    stream = imported("cupy").attr("cuda").attr("get_current_stream")().attr("ptr").cast<uintptr_t>();
+    stream = on_cupy_device(device, [] {
+               return imported("cupy").attr("cuda").attr("get_current_stream")().attr("ptr");
+             }).cast<uintptr_t>();
   return reinterpret_cast<CUstream_st*>(stream);
 }
 
@@ -343,7 +363,8 @@ class CallStream {
   void join(const Tensor& array) {
     if (!array.device.cuda) return;
     if (!chosen_) stream_ = array.stream(), chosen_ = true;
-    if (array.stream() != stream_) others_.push_back(array.stream());
+    if (array.stream() != stream_ && std::find(others_.begin(), others_.end(), array.stream()) == others_.end())
+      others_.push_back(array.stream());
   }
   // What was queued on the other streams comes before the call's work.
   CUstream_st* begin() {
@@ -371,35 +392,52 @@ class CallStream {
   std::vector<CUstream_st*> others_;
 };
 
-// When the work that fills a device's memory is done, and who reads it. Used with the GIL held.
+// When the work that fills a device's memory is done, and who reads it. Used with the GIL held. A graph's work is in
+// the order of who replays it: an event of a capture means nothing outside.
 struct DeviceOrder {
   explicit DeviceOrder(int device) : written(device) {}
+  // Before the memory is filled on `stream`: who filled it before and other streams that were given it come first.
+  void begin(CUstream_st* stream) {
+    if ((stream == writer && readers.empty()) || cuda_capturing(written.device(), stream)) return;
+    written.order(stream);
+    for (CUstream_st* reader : readers) {
+      CudaEvent event(written.device());
+      event.record(reader);
+      event.order(stream);
+    }
+    readers.clear();
+  }
+  // And after.
+  void end(CUstream_st* stream) {
+    writer = stream;
+    if (!cuda_capturing(written.device(), stream)) written.record(stream);
+  }
   CudaEvent written;
   CUstream_st* writer = nullptr;      // the stream it was filled on
   std::vector<CUstream_st*> readers;  // other streams that it was handed to
 };
 
 // Memory on a CUDA device that Python sees through DLPack and __cuda_array_interface__: what replay hands out, and what
-// callers without an allocator of their own get. `owner` keeps the memory alive. `order` is null where the work that
-// fills it was queued on the stream of whoever takes it.
+// callers without an allocator of their own get. `owner` keeps the memory alive. `order` is null where the memory
+// belongs to the caller, who knows what fills it.
 struct DeviceArray {
   View view;
   std::shared_ptr<void> owner;
   std::shared_ptr<DeviceOrder> order{};
 };
 
-inline std::shared_ptr<void> cuda_buffer(int device, int64_t bytes) {
-  return {cuda_allocate(device, bytes), [device](void* p) { cuda_free(device, p); }};
-}
-
 // An output of the native core: where to write, and what the caller gets once it is written.
 struct Output {
   py::object made;
   View view;
   bool to_jax = false;
+  std::shared_ptr<DeviceOrder> order{};  // of device memory of ours
 
-  // After the work was done or launched: JAX copies what it finds at an address that does not suit it.
-  py::object result() const { return to_jax ? imported("jax").attr("dlpack").attr("from_dlpack")(made) : made; }
+  // After the work was done, or launched on `stream`: JAX copies what it finds at an address that does not suit it.
+  py::object result(CUstream_st* stream = nullptr) const {
+    if (order) order->end(stream);
+    return to_jax ? imported("jax").attr("dlpack").attr("from_dlpack")(made) : made;
+  }
 };
 
 inline View packed_view(void* data, DType dtype, Device device, const std::vector<int64_t>& shape) {
@@ -433,7 +471,8 @@ inline Output output_like(const Tensor& input, DType dtype, const std::vector<in
     return {made, packed_view(data, dtype, input.device, shape)};
   }
   if (input.library() == Library::cupy) {
-    const py::object made = imported("cupy").attr("empty")(py::tuple(py::cast(shape)), py::str(name));
+    const py::object made = on_cupy_device(
+        input.device.index, [&] { return imported("cupy").attr("empty")(py::tuple(py::cast(shape)), py::str(name)); });
     void* data = reinterpret_cast<void*>(made.attr("data").attr("ptr").cast<uintptr_t>());
     return {made, packed_view(data, dtype, input.device, shape)};
   }
@@ -443,9 +482,11 @@ inline Output output_like(const Tensor& input, DType dtype, const std::vector<in
     return out;
   }
   View view = packed_view(nullptr, dtype, input.device, shape);
-  DeviceArray array{view, cuda_buffer(input.device.index, view.numel() * item_size(dtype)), nullptr};
+  DeviceArray array{view, cuda_buffer(input.device.index, view.numel() * item_size(dtype)),
+                    std::make_shared<DeviceOrder>(input.device.index)};
   array.view.data = view.data = array.owner.get();
-  return {py::cast(std::move(array)), view, jax};
+  const std::shared_ptr<DeviceOrder> order = array.order;
+  return {py::cast(std::move(array)), view, jax, order};
 }
 
 // "cpu", "cuda", "cuda:1", a torch.device, or an index-less cuda device (0). Checked: a CUDA device is usable when this

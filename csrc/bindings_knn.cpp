@@ -117,6 +117,14 @@ Call check(const py::object& queries_in, const py::object& keys_in, int64_t k, c
   return call;
 }
 
+// A device's allocator says itself whether it has room.
+void require_room_on(const Device& device, const char* argument, const std::string& what, double bytes) {
+  if (!device.cuda) return require_room(argument, what, bytes);
+  constexpr double kMost = 0x1p46;  // and what no device has stays within int64
+  if (bytes > kMost)
+    throw MemoryShortage(text(argument, ": ", what, " take ", gigabytes(bytes), ": no device has that"));
+}
+
 // What a search on a device works in, from the caller's own allocator, which knows the stream and the graph that is
 // being captured: it may be let go while the device still works on it. Null on the CPU.
 std::optional<Output> make_workspace(const Tensor& like, int64_t bytes) {
@@ -178,19 +186,20 @@ py::tuple knn(const py::object& queries, const py::object& keys, Given<int64_t> 
               Given<bool> include_self) {
   const Call call = check(queries, keys, k.as("k"), lengths, include_self.as("include_self"), "queries", "keys");
   const KnnProblem& p = call.problem;
-  require_room("k", text(p.k, " distances and indices for each of ", p.problems * p.num_queries, " rows"),
-               double(p.problems * p.num_queries) * double(p.k) * double(item_size(call.result()) + 8));
+  require_room_on(call.queries.device, "k",
+                  text(p.k, " distances and indices for each of ", p.problems * p.num_queries, " rows"),
+                  double(p.problems * p.num_queries) * double(p.k) * double(item_size(call.result()) + 8));
   const Output distances = output_like(call.queries, call.result(), call.shape(true));
   const Output indices = output_like(call.queries, DType::i64, call.shape(true));
   const std::optional<Output> workspace = make_workspace(call);
   CallStream stream = call.stream();
+  CUstream_st* const queue = stream.begin();
   {
     const py::gil_scoped_release unlocked;
-    stream.begin();
     run_knn(call, distances.view.data, indices.view.as<int64_t>(), data_of(workspace));
     stream.end();
   }
-  return py::make_tuple(distances.result(), indices.result());
+  return py::make_tuple(distances.result(queue), indices.result(queue));
 }
 
 py::object knn_reward(const py::object& z, Given<int64_t> k, const py::object& memory, const py::object& lengths,
@@ -219,9 +228,9 @@ py::object knn_reward(const py::object& z, Given<int64_t> k, const py::object& m
   const Output out = output_like(call.queries, call.result(), call.shape(false));
   const std::optional<Output> workspace = make_workspace(call);
   CallStream stream = call.stream();
+  CUstream_st* const queue = stream.begin();
   if (!normalizer) {
     const py::gil_scoped_release unlocked;
-    stream.begin();
     run_reward(call, reward, out.view.data, data_of(workspace));
     stream.end();
   } else {
@@ -230,11 +239,10 @@ py::object knn_reward(const py::object& z, Given<int64_t> k, const py::object& m
       count += call.problem.num_queries * knn_kept(call.problem, reward, s);
     const Output kept = output_like(call.queries, call.result(), {count});
     const py::gil_scoped_release unlocked;
-    stream.begin();
     run_reward(call, reward, *normalizer, update_normalizer, kept.view.data, count, out.view.data, data_of(workspace));
     stream.end();
   }
-  return out.result();
+  return out.result(queue);
 }
 
 std::unique_ptr<EpisodicMemory> make_memory(Given<int64_t> streams_in, Given<int64_t> capacity_in,
@@ -267,19 +275,20 @@ py::object step(EpisodicMemory& self, const py::object& embeddings_in, const py:
           reset.shape_text());
   reset.require_contiguous();
   if (reset.device.cuda) reset.require_device(self.device(), "the memory");
-  require_room("k", text(self.k(), " distances for each of ", self.streams(), " streams"),
-               double(self.streams()) * double(self.k()) * 12);  // and the indices
+  require_room_on(self.device(), "k", text(self.k(), " distances for each of ", self.streams(), " streams"),
+                  double(self.streams()) * double(self.k()) * 12);  // and the indices
   const Output out = output_like(embeddings, DType::f32, {self.streams(), self.k()});
   const std::optional<Output> workspace = make_workspace(embeddings, self.workspace_bytes());
   CallStream stream(self.device());
   stream.join(embeddings), stream.join(reset);
+  CUstream_st* const queue = stream.begin();
   {
     const py::gil_scoped_release unlocked;
     self.step(embeddings.as<float>(), reset.as<bool>(), reset.device.cuda, out.view.as<float>(), data_of(workspace),
-              stream.begin());
+              queue);
     stream.end();
   }
-  return out.result();
+  return out.result(queue);
 }
 
 py::dict memory_state(const EpisodicMemory& self) {

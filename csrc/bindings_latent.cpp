@@ -15,10 +15,13 @@ namespace {
 // The Python object: the process, and views of its memory for each library that asked.
 struct LatentDynamics : Latent {
   LatentDynamics(LatentShape shape, LatentParams params, uint64_t seed, Device device, Library caller)
-      : Latent(shape, params, seed, device), library(caller) {}
+      : Latent(shape, params, seed, device),
+        library(caller),
+        order(device.cuda ? std::make_shared<DeviceOrder>(device.index) : nullptr) {}
   Library library;  // what reset() returns arrays of
   bool started = false;
-  std::array<py::object, 5> views;  // by Library, made at first need
+  std::array<py::object, 5> views;     // by Library, made at first need
+  std::shared_ptr<DeviceOrder> order;  // of what they show, on a device
 };
 
 }  // namespace
@@ -58,12 +61,9 @@ std::unique_ptr<LatentDynamics> make(Given<int64_t> num_envs_in, Given<int64_t> 
 template <class T>
 py::object view_of(const LatentDynamics& self, Library library, const std::shared_ptr<T>& memory, DType dtype,
                    std::vector<int64_t> shape) {
-  View view;
-  view.data = memory.get(), view.dtype = dtype, view.device = self.device(), view.rank = int(shape.size());
-  int64_t packed = 1;
-  for (int i = view.rank - 1; i >= 0; --i) view.shape[i] = shape[i], view.strides[i] = packed, packed *= shape[i];
   if (self.device().cuda) {
-    const py::object array = py::cast(DeviceArray{view, memory});
+    const View view = packed_view(memory.get(), dtype, self.device(), shape);
+    const py::object array = py::cast(DeviceArray{view, memory, self.order});
     if (library == Library::torch) return imported("torch").attr("from_dlpack")(array);
     if (library == Library::cupy) return imported("cupy").attr("from_dlpack")(array);
     return array;
@@ -88,14 +88,19 @@ py::object row(LatentDynamics& self, Library library) {
   return known;
 }
 
-py::object reset(LatentDynamics& self) {
-  // Before the first actions the caller's library is not known: torch's stream where torch is there
-  const Library asked = self.library == Library::numpy && !imported("torch").is_none() ? Library::torch : self.library;
-  CUstream_st* stream = self.device().cuda ? current_stream(asked, self.device().index) : nullptr;
+void advance(LatentDynamics& self, const float* actions, bool reset, CUstream_st* stream) {
+  if (self.order) self.order->begin(stream);
   {
     py::gil_scoped_release unlocked;
-    self.advance(nullptr, true, stream);
+    self.advance(actions, reset, stream);
   }
+  if (self.order) self.order->end(stream);
+}
+
+py::object reset(LatentDynamics& self) {
+  // Before the first actions the caller's library is not known.
+  const Library asked = self.library == Library::numpy ? Library::other : self.library;
+  advance(self, nullptr, true, self.device().cuda ? current_stream(asked, self.device().index) : nullptr);
   self.started = true;
   return row(self, self.library);
 }
@@ -109,10 +114,7 @@ py::object step(LatentDynamics& self, const py::object& actions_in) {
           "), got ", actions.shape_text());
   actions.require_contiguous();
   if (!self.started) throw std::runtime_error("LatentDynamics: call reset() before step()");
-  {
-    py::gil_scoped_release unlocked;
-    self.advance(actions.as<const float>(), false, actions.stream());
-  }
+  advance(self, actions.as<const float>(), false, actions.stream());
   self.library =
       actions.library() == Library::torch || actions.library() == Library::cupy ? actions.library() : Library::numpy;
   return row(self, self.library);

@@ -99,8 +99,8 @@ void update_with(RunningNormalizer& self, const Tensor& x, int64_t rows) {
   require(ok, "x", "must be finite (and below 1e150 in size); the statistic has not changed");
 }
 
-// Where normalized values go: fresh memory, or what the caller gave.
-Output normalized_like(const Tensor& x, const py::object& out) {
+// Where normalized values go: fresh memory, or what the caller gave, which takes part in the call's `stream`.
+Output normalized_like(const Tensor& x, const py::object& out, CallStream& stream) {
   const DType dtype = x.dtype == DType::f64 ? DType::f64 : DType::f32;
   if (out.is_none()) return output_like(x, dtype, {x.shape, x.shape + x.rank});
   const Tensor to(out, "out");
@@ -115,23 +115,33 @@ Output normalized_like(const Tensor& x, const py::object& out) {
   const auto end = [&](const View& v) { return begin(v) + uintptr_t(v.numel() * item_size(v.dtype)); };
   require((begin(to) == begin(x) && to.dtype == x.dtype) || end(to) <= begin(x) || end(x) <= begin(to), "out",
           "must be x itself or share no memory with it");
+  stream.join(to);
   return {out, to};
 }
 
-py::object normalized(const RunningNormalizer& self, const Tensor& x, int64_t rows, const Output& to) {
+py::object normalized(const RunningNormalizer& self, const Tensor& x, int64_t rows, const Output& to,
+                      CallStream& stream) {
+  CUstream_st* const queue = stream.begin();
   {
     py::gil_scoped_release unlocked;
-    self.normalize(x.data, x.dtype, rows, to.view.data, x.stream());
+    self.normalize(x.data, x.dtype, rows, to.view.data, queue);
+    stream.end();
   }
-  return to.result();
+  return to.result(queue);
+}
+CallStream stream_of(const Tensor& x) {
+  CallStream stream(x.device);
+  stream.join(x);
+  return stream;
 }
 
 py::object call(RunningNormalizer& self, const py::object& x_in, const py::object& out) {
   const Tensor x(x_in, "x");
   const int64_t rows = rows_of(self, x);
-  const Output to = normalized_like(x, out);  // refused before the statistic changes
+  CallStream stream = stream_of(x);
+  const Output to = normalized_like(x, out, stream);  // refused before the statistic changes
   update_with(self, x, rows);
-  return normalized(self, x, rows, to);
+  return normalized(self, x, rows, to, stream);
 }
 
 std::vector<Statistic> read(const RunningNormalizer& self) {
@@ -184,8 +194,7 @@ void merge(RunningNormalizer& self, const py::object& other_in) {
           "'");
   require(other.shape == self.shape, "other", "must have shape ", shape_text(self.shape), ", got ",
           shape_text(other.shape));
-  const Library library = imported("torch").is_none() ? Library::other : Library::torch;
-  CUstream_st* stream = self.device().cuda ? current_stream(library, self.device().index) : nullptr;
+  CUstream_st* stream = self.device().cuda ? current_stream(Library::other, self.device().index) : nullptr;
   bool ok;
   {
     py::gil_scoped_release unlocked;
@@ -220,7 +229,9 @@ void bind_normalizer(py::module_& m) {
           [](const RunningNormalizer& self, const py::object& x_in, const py::object& out) {
             const Tensor x(x_in, "x");
             const int64_t rows = rows_of(self, x);
-            return normalized(self, x, rows, normalized_like(x, out));
+            CallStream stream = stream_of(x);
+            const Output to = normalized_like(x, out, stream);
+            return normalized(self, x, rows, to, stream);
           },
           py::arg("x"), py::kw_only(), py::arg("out") = py::none(),
           "x (..., *shape) divided by the statistic, which does not change; into `out` where one is given, which may "

@@ -451,22 +451,13 @@ class PyReplay {
   void sample_on_device(Replay& replay, ReplayBuffers& buffers, Device device) {
     CallStream call = buffers.stream ? *buffers.stream : CallStream(device);
     CUstream_st* queue = call.begin();
-    if (buffers.order) {  // other streams that were given this memory finish with it first
-      for (CUstream_st* reader : buffers.order->readers) {
-        CudaEvent event(device.index);
-        event.record(reader);
-        event.order(queue);
-      }
-      buffers.order->readers.clear();
-    }
+    if (buffers.order) buffers.order->begin(queue);
     {
       py::gil_scoped_release unlocked;
       replay.sample(buffers.batch, buffers.pointers.data(), queue);
       call.end();
     }
-    if (!buffers.order) return;
-    buffers.order->written.record(queue);
-    buffers.order->writer = queue;
+    if (buffers.order) buffers.order->end(queue);
   }
 
   std::shared_ptr<Replay> alive() const {

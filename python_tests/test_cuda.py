@@ -289,3 +289,25 @@ def test_our_arrays_speak_both_generations_of_dlpack(device):
     for refused in ({"copy": True}, {"dl_device": (1, 0)}):
         with pytest.raises(BufferError):
             array.__dlpack__(**refused)
+
+
+@every_gpu
+def test_our_arrays_are_ordered_for_whoever_takes_them(device):
+    """A library without an allocator that we know gets memory of ours, filled on the stream it named; another one waits for it."""
+
+    class Foreign:
+        def __init__(self, tensor):
+            self.__dlpack__, self.__dlpack_device__ = tensor.__dlpack__, tensor.__dlpack_device__
+
+    z, stream = normal(device, 64, 40), torch.cuda.Stream()
+    late, want = torch.zeros_like(z), knn_reward(z, 12)
+    dynamics, beside = (LatentDynamics(64, 40, episode_length=3, seed=1, device=device) for _ in range(2))
+    dynamics.reset(), beside.reset()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(500_000_000)  # some 0.3 s
+        late.copy_(z)
+        reward, row = knn_reward(Foreign(late), 12), dynamics.step(Foreign(late))[0]
+        assert not stream.query()
+    torch.testing.assert_close(torch.from_dlpack(reward), want, rtol=0, atol=0)
+    torch.testing.assert_close(torch.from_dlpack(row), torch.from_dlpack(beside.step(Foreign(z))[0]), rtol=0, atol=0)

@@ -110,6 +110,13 @@ void cuda_synchronize(int device) {
   URLFAST_CUDA_CHECK(cudaDeviceSynchronize());
 }
 
+bool cuda_capturing(int device, CUstream_st* stream) {
+  DeviceGuard guard(device);
+  cudaStreamCaptureStatus status;
+  URLFAST_CUDA_CHECK(cudaStreamIsCapturing(stream, &status));
+  return status != cudaStreamCaptureStatusNone;
+}
+
 void* cuda_allocate_host(int64_t bytes) noexcept {
   void* pointer = nullptr;
   if (cudaHostAlloc(&pointer, size_t(bytes > 0 ? bytes : 1), cudaHostAllocPortable) == cudaSuccess) return pointer;

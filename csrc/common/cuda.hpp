@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <string>
 
 #include "common/tensor.hpp"
@@ -26,10 +27,14 @@ void require_cuda(const char* argument, int index);
 // left.
 void* cuda_allocate(int device, int64_t bytes);
 void cuda_free(int device, void* pointer) noexcept;
+inline std::shared_ptr<void> cuda_buffer(int device, int64_t bytes) {
+  return {cuda_allocate(device, bytes), [device](void* p) { cuda_free(device, p); }};
+}
 void cuda_copy(int device, void* to, const void* from, int64_t bytes,
                CUstream_st* stream);  // any direction; asynchronous
 void cuda_synchronize(int device, CUstream_st* stream);
-void cuda_synchronize(int device);  // every stream of it
+void cuda_synchronize(int device);                     // every stream of it
+bool cuda_capturing(int device, CUstream_st* stream);  // what is queued there goes into a graph
 // For constructors, saves and loads: after all that `device` was given to do, on whatever stream, and done on return.
 inline void copy_waiting(Device device, void* to, const void* from, int64_t bytes) {
   if (!device.cuda) {

@@ -22,6 +22,7 @@ void cuda_free(int, void*) noexcept {}
 void cuda_copy(int, void*, const void*, int64_t, CUstream_st*) { absent("device"); }
 void cuda_synchronize(int, CUstream_st*) { absent("device"); }
 void cuda_synchronize(int) { absent("device"); }
+bool cuda_capturing(int, CUstream_st*) { absent("device"); }
 void* cuda_allocate_host(int64_t) noexcept { return nullptr; }
 void cuda_free_host(void*) noexcept {}
 CudaEvent::CudaEvent(int device) : device_(device) { absent("device"); }

@@ -14,11 +14,8 @@ EpisodicMemory::EpisodicMemory(int64_t streams, int64_t capacity, int64_t dim, i
     : streams_(streams), capacity_(capacity), dim_(dim), k_(k), device_(device) {
   const int64_t bytes = streams * capacity * dim * int64_t(sizeof(float));
   if (device.cuda) {
-    const auto take = [index = device.index](int64_t size) {
-      return std::shared_ptr<void>(cuda_allocate(index, size), [index](void* p) { cuda_free(index, p); });
-    };
-    rows_ = std::static_pointer_cast<float>(take(bytes));
-    total_ = std::static_pointer_cast<int64_t>(take(streams * int64_t(sizeof(int64_t))));
+    rows_ = std::static_pointer_cast<float>(cuda_buffer(device.index, bytes));
+    total_ = std::static_pointer_cast<int64_t>(cuda_buffer(device.index, streams * int64_t(sizeof(int64_t))));
     const std::vector<int64_t> zeros(size_t(streams), 0);
     copy_waiting(device, total_.get(), zeros.data(), streams * int64_t(sizeof(int64_t)));
     return;

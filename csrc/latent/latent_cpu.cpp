@@ -28,10 +28,7 @@ const LatentKernels& kernels() {
 template <class T>
 std::shared_ptr<T> allocate(Device device, int64_t n) {
   const int64_t bytes = (n * int64_t(sizeof(T)) + 63) / 64 * 64;
-  if (device.cuda) {
-    const int index = device.index;
-    return {static_cast<T*>(cuda_allocate(index, bytes)), [index](T* p) { cuda_free(index, p); }};
-  }
+  if (device.cuda) return std::static_pointer_cast<T>(cuda_buffer(device.index, bytes));
   void* memory = std::aligned_alloc(64, size_t(bytes));
   if (!memory) throw std::bad_alloc();
   std::memset(memory, 0, size_t(bytes));

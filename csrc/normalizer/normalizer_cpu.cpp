@@ -75,14 +75,10 @@ Normalizer::Normalizer(StatisticRule rule, int64_t features, Device device)
   const std::vector<Statistic> start(features, statistic_start(rule.mode));
   if (device.cuda) {
     const int index = device.index;
-    const auto buffer = [index](int64_t bytes) {
-      return std::shared_ptr<void>(cuda_allocate(index, bytes), [index](void* p) { cuda_free(index, p); });
-    };
-    const auto memory = buffer(features * int64_t(sizeof(Statistic)));
-    state_ = std::shared_ptr<Statistic>(memory, static_cast<Statistic*>(memory.get()));
+    state_ = std::static_pointer_cast<Statistic>(cuda_buffer(index, features * int64_t(sizeof(Statistic))));
 #ifdef URLFAST_HAS_CUDA
     const std::vector<char> zeros(normalizer_scratch_bytes(features));
-    scratch_ = buffer(int64_t(zeros.size()));
+    scratch_ = cuda_buffer(index, int64_t(zeros.size()));
     cuda_copy(index, scratch_.get(), zeros.data(), int64_t(zeros.size()), nullptr);
 #endif
   } else {

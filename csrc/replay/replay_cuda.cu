@@ -360,10 +360,8 @@ class ReplayCuda final : public Replay, private ReplayMemory {
     }
   }
 
-  static void refuse_capture(CUstream_st* stream) {
-    cudaStreamCaptureStatus status;
-    URLFAST_CUDA_CHECK(cudaStreamIsCapturing(stream, &status));
-    if (status != cudaStreamCaptureStatusNone)
+  void refuse_capture(CUstream_st* stream) const {
+    if (cuda_capturing(device_, stream))
       throw std::runtime_error(
           "SequenceReplay: its calls cannot be captured in a CUDA graph (each one differs); sample "
           "first, and copy the batch to the graph's inputs");
