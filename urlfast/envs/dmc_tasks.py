@@ -125,6 +125,8 @@ def hopper_jump(physics, _) -> float:
     return float(physics.height() >= 0.6 and foot >= 0.15 and physics.time() >= 0.4)
 
 
+# Uniformly random actions were paid in 3 of 10 episodes of walker_flip_sparse, for a step or a few, and in every one of
+# cheetah_flip_sparse, for a tenth of the steps (a cheetah that thrashes does spin); in none of 10 of any other.
 OURS = {
     "hopper_jump": Task("hopper_hop", hopper_jump),
     "hopper_hop_sparse": Task("hopper_hop", zero_below(0.25)),
