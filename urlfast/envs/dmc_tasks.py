@@ -125,8 +125,7 @@ def hopper_jump(physics, _) -> float:
     return float(physics.height() >= 0.6 and foot >= 0.15 and physics.time() >= 0.4)
 
 
-# Uniformly random actions were paid in 3 of 10 episodes of walker_flip_sparse, for a step or a few, and in every one of
-# cheetah_flip_sparse, for a tenth of the steps (a cheetah that thrashes does spin); in none of 10 of any other.
+# Uniformly random actions were paid in 3 of 10 episodes of walker_flip_sparse, for a step or a few, and in none of any other but BY_CHANCE.
 OURS = {
     "hopper_jump": Task("hopper_hop", hopper_jump),
     "hopper_hop_sparse": Task("hopper_hop", zero_below(0.25)),
@@ -137,6 +136,7 @@ OURS = {
     "cheetah_run_sparse": Task("cheetah_run", zero_below(0.25)),
     "cheetah_flip_sparse": Task("cheetah_run", one_from(0.5, cheetah_flip(1)), floor=2),
 }
+BY_CHANCE = {"cheetah_flip_sparse"}  # a cheetah that thrashes about does spin: random actions are paid for a tenth of the steps
 TASKS = URLB | OURS
 
 
@@ -156,4 +156,5 @@ def domain_of(task: str) -> str:
 
 def is_sparse(task: str) -> bool:
     """Whether an episode without reward is one that failed: then a share of episodes that succeed can be reported."""
-    return task_id(task).endswith("_sparse") or task_id(task) in OURS
+    name = task_id(task)
+    return (name.endswith("_sparse") or name in OURS) and name not in BY_CHANCE

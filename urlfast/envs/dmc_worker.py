@@ -102,8 +102,6 @@ class Simulation:
         self.free()
         self.env, self.seed, self.unused = load(self.task, seed), seed, True
         self.reward = TASKS[self.task].reward if self.task in TASKS else lambda physics, reward: reward
-        screen = self.env.physics.model.vis.global_
-        screen.offwidth = screen.offheight = max(self.size or 0, DRAWN)
         self.cameras = {}
 
     def reset(self, seed: int | None) -> None:
@@ -148,6 +146,9 @@ class Simulation:
     def picture(self, size: int) -> np.ndarray:
         """uint8 [size, size, 3]; overwritten by the next one of this size."""
         if size not in self.cameras:
+            if not self.cameras:  # the context is about to be made
+                screen = self.env.physics.model.vis.global_
+                screen.offwidth = screen.offheight = max(self.size or 0, DRAWN)
             self.cameras[size] = Camera(self.env.physics, size, size, self.camera)
         return self.cameras[size].render()
 
