@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from urlfast import knn_reward
+from urlfast.device import has_bf16
 from urlfast.envs import Step
 from urlfast.intrinsic import ParticleConfig, ParticleReward
 from urlfast.learners.ddpg import DDPGConfig
@@ -553,3 +554,33 @@ def test_skills_are_appended_to_the_features():
     observations, skill = Batches.of(method).observations(4), np.ones((4, 3), np.float32)
     method.agent.act(step(observations), explore=False, skill=torch.from_numpy(skill))
     torch.testing.assert_close(seen[0], torch.from_numpy(np.concatenate([observations, skill], 1)))
+
+
+def test_exploration_counts_from_the_end_of_the_warm_up():
+    method = apt(learning_start=20, learner=DrQConfig(hidden=12, tau=0.05, epsilon=0.2, epsilon_decay=100))
+    for steps, probability in ((0, 1.0), (20, 1.0), (70, 0.6), (120, 0.2), (10**6, 0.2)):
+        method.agent.steps = steps
+        assert method.agent.exploration == pytest.approx(probability)
+
+
+@pytest.mark.skipif(not has_bf16(CPU), reason="bf16 is emulated here")
+@pytest.mark.parametrize("make", [apt, task])
+def test_under_bfloat16_all_but_the_layers_is_float32(make):
+    """Every other test computes in fp32."""
+    exact, method = make(), make(precision="bf16")
+    batches = Batches()
+    same = copy.deepcopy(batches)
+    metrics, wanted = method.update(batches), exact.update(same)
+    assert all(value.dtype == torch.float32 for value in metrics.values())
+    tensors = [value for part in method.state_dict().values() for value in torch.utils._pytree.tree_leaves(part)]
+    assert not any(value.dtype in (torch.bfloat16, torch.float16) for value in tensors if isinstance(value, torch.Tensor))
+    for name in ("q_loss", "q_target"):
+        assert 0 < abs(metrics[name] - wanted[name]) < 0.05 * abs(wanted[name]) + 0.01
+
+
+def test_the_encoders_gradient_is_limited():
+    """Of the task's encoder, on its own; the head has its own limit."""
+    method = task(learner=DrQConfig(hidden=12, tau=0.05, grad_clip=1e-3))
+    metrics = method.update(Batches())
+    norm = torch.stack([p.grad.norm() for p in method.agent.encoder.parameters()]).norm()
+    assert metrics["encoder_grad_norm"] > 2e-3 and norm == pytest.approx(1e-3, rel=1e-2)

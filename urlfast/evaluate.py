@@ -183,8 +183,11 @@ class Video:
         return self
 
     def watch(self, env) -> None:
+        self.add(env.render(0))
+
+    def add(self, screen: np.ndarray) -> None:
         if self._frames < self.limit:
-            screen = env.render(0).repeat(2, axis=0).repeat(2, axis=1)  # sharp edges, and the even sides that the codec wants
+            screen = screen.repeat(2, axis=0).repeat(2, axis=1)  # sharp edges, and the even sides that the codec wants
             if self._frames == 0:
                 self._stream.height, self._stream.width = screen.shape[:2]
             self._container.mux(self._stream.encode(av.VideoFrame.from_ndarray(screen, format="rgb24")))
@@ -199,6 +202,20 @@ class Video:
                 self._temporary.replace(self.path)
         finally:
             self._temporary.unlink(missing_ok=True)
+
+
+def watch_skills(agent, env, video: Video, seed: int) -> None:
+    """A grid of environments, each with a skill of its own: there and back along the axes of the skills, for eight seconds at most."""
+    n, d = env.num_envs, agent.skills.dim
+    agent.skills.fix([[(i // d == 0) - (i // d == 1) if j == i % d else 0 for j in range(d)] for i in range(n)])
+    step, columns = env.reset(seed), int(np.ceil(n**0.5))
+    for _ in range(int(8 * env.fps)):
+        screens = [env.render(i) for i in range(n)]
+        screens += [np.zeros_like(screens[0])] * (-n % columns)
+        video.add(np.concatenate([np.concatenate(screens[i : i + columns], 1) for i in range(0, len(screens), columns)]))
+        step = env.step(agent.act(step, explore=False))
+        if step.is_last.any():
+            break
 
 
 # The command ---------------------------------------------------------------------------------------------------------
@@ -239,6 +256,14 @@ def measure(run: Run, options: EvaluateConfig) -> None:
         with Video(run.folder / "videos" / f"step-{checkpoint.step:09d}.mp4", env.fps) if options.video else nullcontext() as video:
             mine = play(env, policy, episodes, options.seed, place=place, watch=video and video.watch)
         theirs = play(env, uniform(env.actions, random), episodes, options.seed, place=place, frames=mine.frames)
+    if method == "aps" and options.video and not options.skill:
+        grid = min(2 * agent.skills.dim, 9)
+        with (
+            closing(DOMAINS[domain](config.env, num_envs=grid, evaluation=True, seed=options.seed)) as worlds,
+            Video(run.folder / "videos" / f"skills-{checkpoint.step:09d}.mp4", worlds.fps) as video_of_skills,
+        ):
+            watch_skills(agent, worlds, video_of_skills, options.seed)
+        print(video_of_skills.path)
     equal = min(mine.frames, theirs.frames)
     entropies = particle_entropy(*(np.concatenate(played.physics) for played in (mine, theirs))) if mine.physics else (None, None)
     protocol = asdict(config.env) | FORCED.get(domain, {}) | {"num_envs": env.num_envs, "episodes": episodes, "seed": options.seed}

@@ -212,21 +212,24 @@ class Skills:
     def __init__(self, dim: int, hold: int, seed: int):
         self.dim, self.hold = dim, hold
         self.generator = torch.Generator().manual_seed(seed)
-        self.fixed: Tensor | None = None  # (d,)
+        self.fixed: Tensor | None = None  # (d,), or (N, d): one for each environment
         self.now = torch.zeros(0, dim)  # (N, d)
 
     def fix(self, skill) -> None:
-        """From here on every environment has this skill, brought to length 1. Raises ValueError for another shape, or a zero."""
+        """From here on every environment has this skill (d,), or its own of (N, d), brought to length 1.
+
+        Raises ValueError for another shape, or a zero.
+        """
         skill = torch.as_tensor(skill, dtype=torch.float32)
-        if skill.shape != (self.dim,) or not skill.isfinite().all() or not skill.any():
+        if skill.ndim not in (1, 2) or skill.shape[-1] != self.dim or not skill.isfinite().all() or not skill.any(-1).all():
             raise ValueError(f"skill: must be {self.dim} finite numbers, not all of them 0, got {skill.tolist()}")
-        self.fixed = skill / skill.norm()
+        self.fixed = F.normalize(skill, dim=-1)
 
     def begin(self, is_first: np.ndarray, length: np.ndarray) -> Tensor:
         """Those of the coming step, (N, d); length: steps of the running episodes."""
         n = len(is_first)
         if self.fixed is not None:
-            self.now = self.fixed.repeat(n, 1)
+            self.now = self.fixed if self.fixed.ndim == 2 else self.fixed.repeat(n, 1)
             return self.now
         new = is_first | (length % self.hold == 0) if self.hold else is_first
         if len(self.now) != n:
