@@ -11,11 +11,23 @@ and optimisers in plain float32 PyTorch, and what it does more than once or for 
 So six encoder passes and two backward, where three and one do. Left as it was: frames kept in float32, one random crop for a whole batch,
 boolean masks around the contrastive logits. Otherwise than released: any action may be drawn, Q's target moves at every update instead of
 every 8,000th, the reward looks one step ahead, and the variance is the population's, all four as in our preset of that name.
-python_tests/test_peers.py holds its values against our own update's.
+
+`URLBAPT` is an equivalent of the update of rll-research/url_benchmark's ICM-APT on DDPG, from states or pixels, in float32:
+
+    views            o_t, o_{t+3}   pixels: to float32, padded, shifted by grid_sample; the encoder, with gradient and without
+    ICM              both           the trunk for each; forward and inverse model; two Adams, of ICM and encoder
+    reward           o_t            the trunk; kNN by the (B, B, 512) array of differences
+    critic           both           actor and target critic at o_{t+3}, both critics at o_t; Adam
+    actor            o_t            actor and critics; the loss goes on into the critic's weights and nobody uses that [unused]; Adam
+    target           -              one tensor after the other
+
+It repeats nothing else. Left out: what it only logs. `of_next` rewards o_{t+3} instead, as our preset does.
+python_tests/test_peers.py holds the values of both against our own update's.
 """
 
 import collections
 import copy
+import itertools
 import random
 
 import numpy as np
@@ -182,3 +194,209 @@ class MiniReplay:
         padded, side = F.pad(images, (self.pad,) * 4, mode="replicate"), images.shape[-1]
         y, x = random.randrange(2 * self.pad + 1), random.randrange(2 * self.pad + 1)
         return padded[..., y : y + side, x : x + side]
+
+
+class URLBEncoder(nn.Module):
+    def __init__(self, conv: tuple[tuple[int, int, int], ...], channels: int, side: int):
+        super().__init__()
+        layers: list[nn.Module] = []
+        for outputs, kernel, stride in conv:
+            layers += [nn.Conv2d(channels, outputs, kernel, stride), nn.ReLU()]
+            channels, side = outputs, (side - kernel) // stride + 1
+        self.conv = nn.Sequential(*layers)
+        self.width = channels * side * side
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.conv(images / 255.0 - 0.5).flatten(1)
+
+
+def dense(*widths: int) -> nn.Sequential:
+    """Linear layers of these widths with ReLU between them."""
+    layers: list[nn.Module] = []
+    for before, after in itertools.pairwise(widths):
+        layers += [nn.Linear(before, after), nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers[:-1])
+
+
+def squashed(before: int, after: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(before, after), nn.LayerNorm(after), nn.Tanh())
+
+
+class URLBICM(nn.Module):
+    def __init__(self, width: int, action_dim: int, features: int, hidden: int):
+        super().__init__()
+        self.trunk = squashed(width, features)
+        self.forward_model = dense(features + action_dim, hidden, features)
+        self.inverse_model = dense(2 * features, hidden, action_dim)
+
+    def forward(self, observation: Tensor, action: Tensor, following: Tensor) -> tuple[Tensor, Tensor]:
+        here, there = self.trunk(observation), self.trunk(following)
+        predicted = self.forward_model(torch.cat([here, action], -1))
+        read_off = torch.tanh(self.inverse_model(torch.cat([here, there], -1)))
+        return torch.norm(there - predicted, dim=-1).mean(), torch.norm(action - read_off, dim=-1).mean()
+
+
+class URLBActor(nn.Module):
+    def __init__(self, width: int, action_dim: int, trunk: int, hidden: list[int]):
+        super().__init__()
+        self.trunk, self.policy = squashed(width, trunk), dense(trunk, *hidden, action_dim)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return torch.tanh(self.policy(self.trunk(features)))
+
+
+class URLBCritic(nn.Module):
+    """Twin critics on one trunk, which reads a state and the action; of pixels the action joins behind it."""
+
+    def __init__(self, width: int, action_dim: int, trunk: int, hidden: list[int], pixels: bool):
+        super().__init__()
+        self.pixels = pixels
+        self.trunk = squashed(width if pixels else width + action_dim, trunk)
+        inputs = trunk + action_dim if pixels else trunk
+        self.first, self.second = dense(inputs, *hidden, 1), dense(inputs, *hidden, 1)
+
+    def forward(self, features: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+        if self.pixels:
+            h = torch.cat([self.trunk(features), action], -1)
+        else:
+            h = self.trunk(torch.cat([features, action], -1))
+        return self.first(h), self.second(h)
+
+
+class URLBAPT:
+    """See above. Its values: k 12, ICM of 512 features, hidden layers of 1024, a trunk of 50 behind convolutions, Adam at 1e-4."""
+
+    def __init__(
+        self,
+        observation_shape: tuple[int, ...],
+        action_dim: int,
+        *,
+        conv=((32, 3, 2), (32, 3, 1), (32, 3, 1), (32, 3, 1)),
+        features=512,
+        hidden=1024,
+        trunk=50,
+        k=12,
+        lr=1e-4,
+        pad=4,
+        sigma=0.2,
+    ):
+        self.pixels, self.k, self.pad, self.sigma, self.sigma_clip, self.tau = len(observation_shape) == 3, k, pad, sigma, 0.3, 0.01
+        self.of_next = False  # the release rewards the observation that the action leaves
+        self.encoder = URLBEncoder(conv, *observation_shape[:2]) if self.pixels else nn.Identity()
+        width = self.encoder.width if self.pixels else observation_shape[0]
+        trunk, layers = (trunk, [hidden] * 2) if self.pixels else (hidden, [hidden])
+        self.icm = URLBICM(width, action_dim, features, hidden)
+        self.actor = URLBActor(width, action_dim, trunk, layers)
+        self.critic = URLBCritic(width, action_dim, trunk, layers, self.pixels)
+        self.critic_target = frozen(self.critic)
+        self.encoder_optimizer = torch.optim.Adam(self.encoder.parameters(), lr=lr) if self.pixels else None
+        self.icm_optimizer, self.actor_optimizer, self.critic_optimizer = (
+            torch.optim.Adam(network.parameters(), lr=lr) for network in (self.icm, self.actor, self.critic)
+        )
+
+    @torch.no_grad()
+    def take_weights(self, ours: APT) -> None:
+        """Those of our method, whose networks are the same: from here both compute the same on the same views."""
+        agent, learner = ours.agent, ours.agent.learner
+        pairs = [(self.encoder, agent.encoder), (self.icm, ours.representation), (self.actor, learner.actor)]
+        pairs += [(self.critic, learner.critic), (self.critic_target, learner.critic_target)]
+        for theirs, mine in pairs:
+            for to, weights in zip(theirs.parameters(), mine.parameters(), strict=True):
+                assert to.shape == weights.shape, (to.shape, weights.shape)
+                to.copy_(weights)
+
+    @torch.no_grad()
+    def act(self, observation: Tensor) -> Tensor:
+        """For one observation: float32 (A,)."""
+        mean = self.actor(self.encoder(observation[None].float()))[0]
+        return (mean + self.sigma * torch.randn_like(mean)).clamp(-1 + 1e-6, 1 - 1e-6)
+
+    def update(self, observation: Tensor, action: Tensor, following: Tensor, discount: Tensor) -> dict[str, Tensor]:
+        """observation, following: (B, F) float32 or (B, C, H, W) uint8; action: (B, A); discount: (B, 1)."""
+        observation = self.encode(observation)
+        with torch.no_grad():
+            following = self.encode(following)
+
+        forward_error, inverse_error = self.icm(observation, action, following)
+        self.icm_optimizer.zero_grad()
+        if self.encoder_optimizer:
+            self.encoder_optimizer.zero_grad()
+        (forward_error + inverse_error).backward()
+        self.icm_optimizer.step()
+        if self.encoder_optimizer:
+            self.encoder_optimizer.step()
+
+        observation = observation.detach()
+        reward = self.reward(following if self.of_next else observation)
+        critic_loss, target = self.update_critic(observation, action, reward, discount, following)
+        actor_loss = self.update_actor(observation)
+        soft_update(self.critic_target, self.critic, self.tau)
+        return {
+            "forward_error": forward_error.detach(),
+            "inverse_error": inverse_error.detach(),
+            "intrinsic_reward": reward.mean(),
+            "critic_loss": critic_loss,
+            "q_target": target,
+            "actor_loss": actor_loss,
+        }
+
+    def encode(self, observation: Tensor) -> Tensor:
+        return self.encoder(grid_shift(observation, self.pad)) if self.pixels else observation
+
+    @torch.no_grad()
+    def reward(self, features: Tensor) -> Tensor:
+        """(B, 1): log(1 + mean distance to the k nearest, the row itself among them)."""
+        z = self.icm.trunk(features)
+        distance = torch.norm(z[:, None] - z[None], dim=-1, p=2)
+        return torch.log(distance.topk(self.k, dim=1, largest=False).values.mean(1, keepdim=True) + 1.0)
+
+    def noisy(self, mean: Tensor) -> Tensor:
+        action = mean + (self.sigma * torch.randn_like(mean)).clamp(-self.sigma_clip, self.sigma_clip)
+        return action - action.detach() + action.detach().clamp(-1 + 1e-6, 1 - 1e-6)
+
+    def update_critic(self, features, action, reward, discount, following) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            target = reward + discount * torch.min(*self.critic_target(following, self.noisy(self.actor(following))))
+        first, second = self.critic(features, action)
+        loss = F.mse_loss(first, target) + F.mse_loss(second, target)
+        self.critic_optimizer.zero_grad()
+        loss.backward()
+        self.critic_optimizer.step()
+        return loss.detach(), target.mean()
+
+    def update_actor(self, features: Tensor) -> Tensor:
+        loss = -torch.min(*self.critic(features, self.noisy(self.actor(features)))).mean()
+        self.actor_optimizer.zero_grad()
+        loss.backward()
+        self.actor_optimizer.step()
+        return loss.detach()
+
+
+def grid_shift(images: Tensor, pad: int) -> Tensor:
+    """(B, C, S, S) -> float32, each moved by its own -pad..pad pixels on both axes: sampled bilinearly, though at the pixels' centres."""
+    B, _, S, _ = images.shape
+    wide = F.pad(images.float(), (pad,) * 4, mode="replicate")
+    side = S + 2 * pad
+    centre = (2 * torch.arange(S) + 1) / side - 1  # grid_sample's coordinates run from -1 to 1
+    grid = torch.stack([centre.expand(S, S), centre[:, None].expand(S, S)], -1).repeat(B, 1, 1, 1)
+    return F.grid_sample(wide, grid + torch.randint(0, 2 * pad + 1, (B, 1, 1, 2)) * 2 / side, padding_mode="zeros", align_corners=False)
+
+
+class URLBReplay:
+    """Transitions in arrays, drawn by NumPy's indexing: faster than the release, whose four workers read episodes from files one by one."""
+
+    def __init__(self, capacity: int):
+        self.capacity, self.added, self.random = capacity, 0, np.random.default_rng(0)
+        self.columns: list[np.ndarray] = []
+
+    def add(self, *transition: np.ndarray) -> None:
+        """observation, action, the observation n steps later, discount (1,)."""
+        if not self.columns:
+            self.columns = [np.empty((self.capacity, *np.shape(value)), value.dtype) for value in transition]
+        for column, value in zip(self.columns, transition, strict=True):
+            column[self.added % self.capacity] = value
+        self.added += 1
+
+    def sample(self, batch_size: int) -> list[Tensor]:
+        rows = self.random.integers(min(self.added, self.capacity), size=batch_size)
+        return [torch.from_numpy(column[rows]) for column in self.columns]

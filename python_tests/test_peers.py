@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 
+from urlfast.learners.ddpg import DDPGConfig
 from urlfast.learners.drq import DrQConfig
-from urlfast.methods.apt import APT, APTConfig, ContrastiveConfig
+from urlfast.methods.apt import APT, APTConfig, ContrastiveConfig, ICMConfig
 from urlfast.nets.encoders import EncoderConfig
 
 sys.path.append(str(Path(__file__).parents[1]))
-from bench.peers import MiniAPT, MiniReplay
+from bench.peers import URLBAPT, MiniAPT, MiniReplay, URLBReplay, grid_shift
 
 CONV, B, ACTIONS, K = ((8, 8, 4), (8, 4, 2)), 8, 3, 5
 
@@ -95,3 +96,78 @@ def test_mini_replay_hands_out_both_views_of_each_transition():
 def test_mini_apt_acts(epsilon):
     _, peer, _, (state, *_) = pair(lr=1e-3)
     assert peer.act(state[0], epsilon) in range(ACTIONS)
+
+
+def urlb_pair(pixels, lr):
+    """Ours and URLB's peer with the same weights, one batch as both take it; no shift and no noise, and the peer rewards as ours does."""
+    urlb, shape, A = APTConfig.urlb(), (6, 36, 36) if pixels else (10,), 3
+    config = replace(
+        urlb,
+        encoder=replace(urlb.encoder, conv=CONV),
+        representation=ICMConfig(features=16, hidden=24),
+        reward=replace(urlb.reward, k=K),
+        learner=DDPGConfig(hidden=24, feature_dim=7, lr=lr, sigma=0.0, sigma_final=0.0),
+        lr=lr,
+        batch_size=B,
+        augment=replace(urlb.augment, shift=0),
+        precision="fp32",
+    )
+    ours = APT(config, shape, (A,), seed=0, frame_stack=2)
+    peer = URLBAPT(shape, A, conv=CONV, features=16, hidden=24, trunk=7, k=K, lr=lr, pad=0, sigma=0.0)
+    peer.of_next = True
+    peer.take_weights(ours)
+    rng = np.random.default_rng(0)
+    draw = (lambda: rng.integers(0, 256, (B, *shape), np.uint8)) if pixels else (lambda: rng.normal(size=(B, *shape)).astype(np.float32))
+    observation, following = torch.from_numpy(draw()), torch.from_numpy(draw())
+    action, discount = (torch.from_numpy(rng.uniform(low, 1, size).astype(np.float32)) for low, size in ((-1, (B, A)), (0, B)))
+    for_ours = dict(observation=observation, next_observation=following, action=action, discount=discount)
+    return ours, peer, for_ours, (observation, action, following, discount[:, None])
+
+
+@pytest.mark.parametrize("pixels", [False, True])
+def test_urlb_has_our_losses_rewards_and_gradients(pixels):
+    ours, peer, for_ours, for_peer = urlb_pair(pixels, lr=1e-3)
+    mine, theirs = ours.gradient_step(**for_ours), peer.update(*for_peer)
+    for name, value in theirs.items():
+        assert value.abs() > 1e-3, name
+        torch.testing.assert_close(mine[name], value, rtol=1e-4, atol=1e-5)
+    learner = ours.agent.learner
+    pairs = [(ours.agent.encoder, peer.encoder), (ours.representation, peer.icm), (learner.actor, peer.actor)]
+    for a, b in pairs:
+        for p, q in zip(a.parameters(), b.parameters(), strict=True):
+            torch.testing.assert_close(p.grad.contiguous(), q.grad, rtol=1e-3, atol=1e-6)
+    for p, q in zip(learner.critic_target.parameters(), peer.critic_target.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+    # The actor's loss went on into the critic's weights, which nobody uses: the peer's gradient is no longer that of the critic's loss.
+    assert not torch.allclose(learner.critic.trunk.linear.weight.grad, peer.critic.trunk[0].weight.grad)
+
+
+def test_urlb_rewards_the_observation_that_was_left():
+    _, peer, _, (observation, action, following, discount) = urlb_pair(False, lr=1e-3)
+    _, other, _, _ = urlb_pair(False, lr=1e-3)
+    other.of_next = False
+    torch.testing.assert_close(
+        peer.update(following, action, following, discount)["intrinsic_reward"],
+        other.update(following, action, following, discount)["intrinsic_reward"],
+    )
+    rewards = [p.update(observation, action, following, discount)["intrinsic_reward"] for p in (peer, other)]
+    assert abs(rewards[0] - rewards[1]) > 1e-3
+
+
+def test_urlb_shift_moves_whole_pixels():
+    images, pad = torch.randint(0, 256, (6, 3, 8, 8), dtype=torch.uint8), 2
+    crops = torch.nn.functional.pad(images.float(), (pad,) * 4, mode="replicate").unfold(2, 8, 1).unfold(3, 8, 1)
+    shifted = grid_shift(images, pad)
+    off = (crops - shifted[:, :, None, None]).abs().amax((1, 4, 5)).flatten(1)  # (6, 25)
+    assert (off.amin(1) < 0.01).all() and len(set(off.argmin(1).tolist())) > 1
+
+
+def test_urlb_acts_and_replays():
+    _, peer, _, (observation, *_) = urlb_pair(True, lr=1e-3)
+    assert peer.act(observation[0]).shape == (3,)
+    replay = URLBReplay(10)
+    for i in range(12):
+        replay.add(np.full(4, i, np.float32), np.full(2, i, np.float32), np.full(4, i + 3, np.float32), np.ones(1, np.float32))
+    observation, action, following, discount = replay.sample(5)
+    assert observation.shape == (5, 4) and action.shape == (5, 2) and discount.shape == (5, 1)
+    assert torch.equal(following, observation + 3) and observation.min() >= 2  # the first two have left
