@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from urlfast.nets.encoders import Encoder, EncoderConfig, copy_buffers
-from urlfast.nets.heads import MLP, Actor, Dense, DuelingQ, Projection, Trunk, Twin, TwinQ, dueling
+from urlfast.nets.heads import MLP, Actor, Dense, DuelingQ, Projection, Tanh, Trunk, Twin, TwinQ, dueling
 
 APT = EncoderConfig(activation="elu", features=15, spectral_norm=True)
 
@@ -169,3 +169,23 @@ def test_layers_with_few_weights_stay_in_float32_under_autocast():
         assert h.dtype == torch.float32 and wide(h).dtype == torch.bfloat16
         assert Trunk(30, 1024)(x).dtype == MLP(1024, 1024, 1, 2)(h).dtype == torch.float32
     assert torch.equal(h, narrow(x))
+
+
+def test_tanh_of_the_trunk_is_tanh():
+    x = torch.linspace(-20, 20, 4001, requires_grad=True)
+    torch.testing.assert_close(Tanh.apply(x), torch.tanh(x), rtol=0, atol=3e-7)
+    gradients = [torch.autograd.grad(function(x).square().sum(), x)[0] for function in (Tanh.apply, torch.tanh)]
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-6)
+
+
+def test_flat_features_lie_as_channels_rows_columns_and_are_not_converted():
+    encoder = Encoder(EncoderConfig(((4, 3, 2),)), (3, 9, 9)).to(memory_format=torch.channels_last)
+    images = torch.rand(2, 3, 9, 9).to(memory_format=torch.channels_last)
+    features = encoder(images)
+    torch.testing.assert_close(features, torch.relu(encoder.conv[0](images)).contiguous().flatten(1))
+    weights = torch.randn_like(features)
+    (features * weights).sum().backward()
+    expected = torch.autograd.grad((torch.relu(encoder.conv[0](images)).contiguous().flatten(1) * weights).sum(), encoder.conv[0].weight)[0]
+    torch.testing.assert_close(encoder.conv[0].weight.grad, expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert encoder(images.bfloat16()).dtype == torch.bfloat16

@@ -148,7 +148,7 @@ class Agent:
         if warming_up:
             return self.learner.uniform(len(step.is_last)).numpy()
         observation = torch.from_numpy(np.ascontiguousarray(step.observation)).to(self.device)
-        features = self.encode(self.encoder, self.plain(observation))
+        features = self.encode(self.encoder, self.plain(observation)).float()  # actors act in float32
         if skill is not None:
             features = torch.cat([features, skill.to(self.device)], -1)
         return self.learner.act(features, None, exploration)[0]

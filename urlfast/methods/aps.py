@@ -458,7 +458,7 @@ class APSTask:
             counts = left & ~step.is_first
             if counts.any():
                 seen = torch.from_numpy(np.ascontiguousarray(step.observation[counts])).to(self.agent.device)
-                phi = F.normalize(self.phi(self.agent.encode(self.agent.encoder, self.agent.plain(seen))), dim=-1)
+                phi = F.normalize(self.phi(self.agent.encode(self.agent.encoder, self.agent.plain(seen)).float()), dim=-1)
                 self.regression.add(phi.cpu(), torch.from_numpy(reward[counts]))
             self.pending = None
         if self.agent.steps >= self.due:

@@ -94,7 +94,7 @@ class ICM(nn.Module):
 
     def forward(self, features: Tensor, action: Tensor, following: list[Tensor] | None) -> tuple[Tensor, dict[str, Tensor]]:
         """features: (M * B, F), of which the first view is used; following: views of o_{t+m}, likewise. The loss, and what is logged."""
-        h, h_next = self.trunk(torch.cat([features[: len(action)], following[0]])).chunk(2)
+        h, h_next = self.trunk(features[: len(action)]), self.trunk(following[0])  # not as one: the second asks for no gradient
         done = F.one_hot(action, self.action_dim).float() if self.numbered else action
         forward_error = torch.linalg.vector_norm(h_next - self.forward_model(torch.cat([h, done], -1)), dim=-1).mean()
         read_off = self.inverse_model(torch.cat([h, h_next], -1))
@@ -300,7 +300,7 @@ class APT:
     @torch.no_grad()
     def particles(self, features: Tensor) -> Tensor:
         with self.agent.arithmetic.autocast():
-            return self.representation.particles(features)
+            return self.representation.particles(features).float()  # distances are float32's
 
     @torch.no_grad()
     def intrinsic_reward(self, observation: Tensor) -> tuple[Tensor, Tensor]:

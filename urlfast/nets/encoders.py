@@ -57,7 +57,7 @@ class SpectralNorm(nn.Module):
 
 
 class Encoder(nn.Module):
-    """f: (B, C, H, W) in 0..1, of any floating dtype -> (B, num_features) float32, because distances are taken between features."""
+    """f: (B, C, H, W) in 0..1, of any floating dtype -> (B, num_features): float32, but the convolutions' flat output is in their dtype."""
 
     def __init__(self, config: EncoderConfig, observation_shape: tuple[int, ...]):
         """Raises ValueError where the images are too small for the convolutions."""
@@ -93,11 +93,17 @@ class Encoder(nn.Module):
         h = images - self.mean if self.mean else images
         for layer in self.conv:
             h = self.activation(layer(h), inplace=True)
-        h = h.flatten(1).float()
+        if h.requires_grad and h.is_contiguous(memory_format=torch.channels_last):
+            h.register_hook(channels_last)  # flatten's gradient lies otherwise, and an activation's backward is slow on two layouts
+        h = h.flatten(1)
         if self.linear is None:
             return h
         with torch.autocast(h.device.type, enabled=False):
-            return torch.tanh(self.norm(self.linear(h)))
+            return torch.tanh(self.norm(self.linear(h.float())))
+
+
+def channels_last(gradient: Tensor) -> Tensor:
+    return gradient.contiguous(memory_format=torch.channels_last)
 
 
 class States(nn.Module):

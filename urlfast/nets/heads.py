@@ -66,6 +66,20 @@ class Dense(nn.Linear):
             return super().forward(x.float())
 
 
+class Tanh(torch.autograd.Function):
+    """tanh as 2 sigmoid(2x) - 1, which differs in rounding: torch's own takes three to four times as long on a CPU."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        y = (x + x).sigmoid_().mul_(2).sub_(1)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return torch.ops.aten.tanh_backward(gradient, *ctx.saved_tensors)
+
+
 class Trunk(nn.Module):
     """Linear, LayerNorm, tanh: features of any number and scale -> (B, width) float32 in -1..1."""
 
@@ -74,7 +88,8 @@ class Trunk(nn.Module):
         self.linear, self.norm = Dense(num_features, width), nn.LayerNorm(width)
 
     def forward(self, features: Tensor) -> Tensor:
-        return torch.tanh(self.norm(self.linear(features).float()))
+        h = self.norm(self.linear(features).float())
+        return Tanh.apply(h) if h.device.type == "cpu" else torch.tanh(h)
 
 
 class MLP(nn.Sequential):
