@@ -173,6 +173,40 @@ def test_epsilon_is_the_share_of_random_actions():
     assert abs(np.mean(action == 0) - 0.05) < 0.005
 
 
+def test_every_checkpoint_and_a_task_that_is_not_the_runs_own(run, capsys):
+    evaluate.evaluate(EvaluateConfig((str(run.folder),), episodes=2, num_envs=2, checkpoint="all", video=False))
+    evaluate.evaluate(EvaluateConfig((str(run.folder),), episodes=2, num_envs=2, task="freeway"))
+    results = json.loads((run.folder / "results.json").read_text())
+    assert results["game"] == "pong"
+    assert [(e["task"], e["step"]) for e in results["evaluations"][::2]] == [("pong", 0), ("pong", 40), ("pong", 80), ("freeway", 80)]
+    assert results["evaluations"][-2]["human_normalised"] == pytest.approx(15 / 29.6, rel=0.2)  # by the other game's scores
+    assert [path.name for path in (run.folder / "videos").glob("*.mp4")] == ["step-000000080-freeway.mp4"]
+
+
+def test_several_games_are_aggregated(run, tmp_path, capsys):
+    others = []
+    for game in ("freeway", "boxing"):
+        others.append(shutil.copytree(run.folder, tmp_path / game))
+        document = json.loads((others[-1] / "config.json").read_text())
+        document["config"]["env"]["game"] = game
+        (others[-1] / "config.json").write_text(json.dumps(document))
+    folders = tuple(map(str, (run.folder, *others)))
+    evaluate.evaluate(EvaluateConfig(folders, episodes=2, epsilon=0.0, video=False))
+    out = capsys.readouterr().out
+    assert "Human-normalised, over games:" in out and "human level (0.75)" in out and "below three runs" in out
+    wanted = [(15 + 20.7) / 35.3, 15 / 29.6, (15 - 0.1) / 12.0]
+    assert f"toy 3 1 {np.mean(wanted):.3f} {np.mean(wanted):.3f} {np.median(wanted):.3f} " in " ".join(out.split())
+
+
+def test_physical_states_are_drawn_evenly():
+    assert evaluate.sampled([]) is None
+    states = [np.full((2, 3), i, np.float64) + 0.123456 for i in range(1000)]
+    drawn = np.array(evaluate.sampled(states))
+    assert drawn.shape == (evaluate.PHYSICS, 3) and drawn[0, 0] == 0.1235 and drawn[-1, 0] == pytest.approx(999.1)
+    assert np.ptp(np.diff(drawn[:, 0])) <= 1.01
+    assert len(evaluate.sampled(states[:3])) == 6
+
+
 def test_an_unknown_checkpoint_lists_those_there_are(run):
     with pytest.raises(UserError, match="none of step 41, did you mean '40'"):
         evaluate.evaluate(EvaluateConfig((run.folder.as_posix(),), checkpoint="41"))

@@ -386,17 +386,17 @@ def test_several_runs_side_by_side(tmp_path, particles, monkeypatch):
     words = page.words()
     assert "5 runs on Ms Pacman" in words and "APT, 3 runs" in words and "DrQ, 2 runs" in words
     links = {value for tag, name, value in page.attributes if tag == "a" and name == "href"}
-    assert links == {f"#run-{i}" for i in range(1, 6)} <= {f"#{i}" for i in page.ids}
+    assert {link for link in links if link[0] == "#"} == {f"#run-{i}" for i in range(1, 6)} <= {f"#{i}" for i in page.ids}
     assert len(page.ids) == len(set(page.ids))
 
     def mean_scores(method):
         documents = [json.loads((run / "results.json").read_text()) for run in runs if run.name.startswith(method)]
         return np.array([[np.mean(document["evaluations"][0]["returns"])] for document in documents])
 
-    low, high = stats.bootstrap_interval(stats.iqm, mean_scores("apt"))
+    low, high = stats.bootstrap_interval(stats.iqm, mean_scores("apt"), repeats=5000)
     assert f"APT {stats.iqm(mean_scores('apt')):.0f} ({low:.0f} to {high:.0f})" in words
     assert f"DrQ {stats.iqm(mean_scores('drq')):.0f}." in words  # two runs: no interval
-    assert "ms_pacman DrQ 2 " + f"{stats.iqm(mean_scores('drq')):.0f} n/a" in words
+    assert "ms_pacman DrQ 2 " + f"{stats.iqm(mean_scores('drq')):.0f}" in words
 
 
 def test_runs_that_differ_in_an_option_are_not_one_group(tmp_path, particles):
@@ -412,10 +412,10 @@ def test_several_games_are_aggregated_only_when_balanced(tmp_path, particles, mo
     runs = [make_run(tmp_path / f"{g}-{s}", game=g, seed=s, filmed=False) for g in ("ms_pacman", "pong") for s in (1, 2, 3)]
     words = Page(report.report(runs, tmp_path / "even.html")).check_alone().words()
     hns = np.array([[report.read(run).hns for run in runs[start::3]] for start in range(3)])
-    low, high = stats.bootstrap_interval(stats.iqm, hns)
-    assert f"APT 2 3 {stats.iqm(hns):.3f} {low:.3f} to {high:.3f} {stats.mean(hns):.3f} {stats.median(hns):.3f}" in words
+    low, high = stats.bootstrap_interval(stats.iqm, hns, repeats=20_000)
+    assert f"APT 2 3 {stats.iqm(hns):.3f} ({low:.3f} to {high:.3f}) {stats.mean(hns):.3f} (" in words
     words = Page(report.report(runs[:-1], tmp_path / "odd.html")).check_alone().words()
-    assert "APT: not aggregated over games, which have unequal numbers of runs (ms_pacman 3, pong 2)." in words
+    assert "APT: not aggregated over tasks, which have unequal numbers of runs (ms_pacman 3, pong 2)." in words
     assert "Human-normalised, over games" not in words
 
 

@@ -2,15 +2,9 @@ import numpy as np
 import pytest
 from scipy.stats import mannwhitneyu, trim_mean
 
-from urlfast import stats
+from urlfast import papers, stats
 
-# Liu & Abbeel (2021), Table 2, the column of APT after 100k interactions.
-APT = dict(
-    alien=2614.8, amidar=211.5, assault=891.5, asterix=185.5, bank_heist=416.7, battle_zone=7065.1, boxing=21.3, breakout=10.9,
-    chopper_command=317.0, crazy_climber=44128.0, demon_attack=5071.8, freeway=29.9, frostbite=1796.1, gopher=2590.4, hero=6789.1,
-    jamesbond=356.1, kangaroo=412.0, krull=2312.0, kung_fu_master=17357.0, ms_pacman=2827.1, pong=-8.0, private_eye=96.1,
-    qbert=17671.2, road_runner=4782.1, seaquest=2116.7, up_n_down=8289.4,
-)  # fmt: skip
+APT = papers.SCORES["apt"][1]
 
 
 def apt_scores():
@@ -24,7 +18,10 @@ def test_published_column_gives_the_recomputed_aggregates():
     assert stats.median(scores) == pytest.approx(0.4751, abs=5e-5)
     assert stats.human_level(scores) == 8
     assert stats.human_level(scores, 0.75) == 9
-    assert (scores > 0).sum() == 24  # asterix and chopper_command stay below random play
+    assert stats.above_random(scores) == 24  # asterix and chopper_command stay below random play
+    scores = np.array([[stats.human_normalised_score(game, papers.SCORES["aps"][1][game]) for game in stats.ATARI_26]])
+    assert stats.mean(scores) == pytest.approx(1.0025, abs=5e-5) and stats.median(scores) == pytest.approx(0.6547, abs=5e-5)
+    assert stats.human_level(scores) == 7
 
 
 def test_every_game_of_the_table_is_a_rom():
@@ -77,7 +74,7 @@ def test_profile_counts_runs_strictly_above():
 
 def test_aggregates_map_over_leading_axes():
     x = np.random.default_rng(2).normal(size=(6, 3, 5))
-    for aggregate in (stats.mean, stats.median, stats.iqm, stats.optimality_gap, stats.capped_mean, stats.human_level):
+    for aggregate in (stats.mean, stats.median, stats.iqm, stats.optimality_gap, stats.capped_mean, stats.human_level, stats.above_random):
         np.testing.assert_allclose(aggregate(x), [aggregate(one) for one in x])
     np.testing.assert_allclose(stats.performance_profile(x, [0, 1])[4], stats.performance_profile(x[4], [0, 1]))
 

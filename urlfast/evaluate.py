@@ -7,10 +7,11 @@ Where the environment shows its physics, coverage is the particle entropy of the
 
 results.json: method, game, seed, and `evaluations`, each of one policy at one number of training frames by one protocol:
 
-    policy "agent" | "random"   step, frames (of training)   returns [...], lengths [...] (one an episode)   mean, human_normalised
+    policy "agent" | "random"   task   step, frames (of training)   returns [...], lengths [...] (one an episode)   mean, human_normalised
     coverage [[frames played, distinct states], ...]         unique_states within frames_of_unique_states, which both policies reached
     places   [[frames played, distinct places], ...]         unique_places likewise; null where the bytes are not known
     state_entropy   of physical states; success   share of episodes with a return above 0; expert_normalised   URLB's; null where unknown
+    physics  [[...], ...] some of the physical states, drawn evenly; null where none are shown
     protocol {epsilon, episodes, num_envs, seed, ...}        versions, hardware: by which, and with what, it was played
 """
 
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
@@ -29,14 +31,15 @@ import av
 import numpy as np
 import tyro
 
-from urlfast import knn, stats
-from urlfast.checkpoint import read_at, read_latest
-from urlfast.envs.dmc_tasks import is_sparse
+from urlfast import knn, stats, tables
+from urlfast.checkpoint import checkpoints, read_at, read_latest, step_of
+from urlfast.envs.dmc_tasks import domain_of, is_sparse
 from urlfast.info import hardware
-from urlfast.run import Run, UsageError, command, read_json, versions, write_json
+from urlfast.run import Run, UsageError, UserError, command, read_json, versions, write_json
 from urlfast.train import DOMAINS, load, make_method, refusals
 
 VIDEO_SECONDS = 120
+PHYSICS = 256  # physical states that results.json keeps of each policy
 PLACE = {  # bytes of the RAM that say where the player is: room, x, y, as far as known (Anand et al. 2019, AtariARI)
     "hero": (28,),
     "montezuma_revenge": (3, 42, 43),
@@ -52,7 +55,8 @@ class EvaluateConfig:
     episodes: int | None = None  # of each policy, shared out evenly among the environments; None: 100 on Atari, 10 elsewhere
     epsilon: float = 0.001  # probability of a random one where actions are numbers, DrQ published 0.05; vectors are the policy's mean
     num_envs: int = 8  # environments that play in parallel
-    checkpoint: str = "latest"  # latest, or the step of one of the run's checkpoints
+    checkpoint: str = "latest"  # latest, or the step of one of the run's checkpoints, or all of them
+    task: str = ""  # zero-shot: another game, or another task of the same robot, than the run's own
     skill: tuple[float, ...] = ()  # of APS: the one to play, its length does not matter; none: random ones, or the task's where it is known
     seed: int = 10_000  # of the games and of the random actions
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where it is usable
@@ -228,15 +232,44 @@ EPISODES = {"atari": 100}  # 10 elsewhere
 def evaluate(options: EvaluateConfig) -> None:
     if not options.runs:
         raise UsageError("RUN: name at least one run's folder")
-    for run in [Run.find(name) for name in options.runs]:
+    runs = [Run.find(name) for name in options.runs]
+    scores: dict[str, dict[str, dict[str, list[float]]]] = {}  # unit, method, task: of the last checkpoint of each run
+    for run in runs:
         with run.locked(".evaluate.lock"):  # a run may be evaluated while it trains, but by one process at a time
-            measure(run, options)
+            steps = [options.checkpoint]
+            if options.checkpoint == "all":
+                steps = [str(step_of(checkpoint)) for checkpoint in reversed(checkpoints(run.folder))] or ["latest"]
+            for step in steps:
+                agent = measure(run, options, step)
+            for unit in tables.UNITS:
+                if agent[f"{unit}_normalised"] is not None:
+                    of = scores.setdefault(unit, {}).setdefault(kind(run.config), {})
+                    of.setdefault(agent["task"], []).append(agent[f"{unit}_normalised"])
+    for unit, groups in scores.items():
+        over, _ = tables.over_tasks(groups, unit)
+        if over and over.rows:
+            print(f"\n{over.text()}")
+        elif over:
+            print(f"\n{over.note}")
 
 
-def measure(run: Run, options: EvaluateConfig) -> None:
+def kind(saved: dict) -> str:
+    """What runs are aggregated as."""
+    source = saved.get("transfer")
+    return f"{saved['method']} after {source['method']}, {source['rule']}" if source else saved["method"]
+
+
+def measure(run: Run, options: EvaluateConfig, step: str) -> dict:
+    """Plays one checkpoint, writes what came of it, and returns the agent's entry."""
     saved = run.config
     method, domain, config = load(saved)
-    checkpoint = read_latest(run.folder) if options.checkpoint == "latest" else read_at(run.folder, options.checkpoint)
+    checkpoint = read_latest(run.folder) if step == "latest" else read_at(run.folder, step)
+    own = config.env.name
+    if options.task:
+        with refusals():
+            config = replace(config, env=config.env.playing(options.task))
+        if domain == "dmc" and domain_of(own) != domain_of(config.env.name):
+            raise UserError(f"--task: {run.folder} knows {domain_of(own)}, which {config.env.name} is no task of")
     game, episodes = config.env.name, options.episodes or EPISODES.get(domain, 10)
     place = PLACE.get(game, ())
     with refusals():
@@ -253,7 +286,8 @@ def measure(run: Run, options: EvaluateConfig) -> None:
         print(f"{run.folder}, step {checkpoint.step:,}: {episodes} episodes of {game} by each policy", flush=True)
         random = np.random.default_rng(options.seed)
         policy = greedy(agent, options.epsilon, env.actions, random)
-        with Video(run.folder / "videos" / f"step-{checkpoint.step:09d}.mp4", env.fps) if options.video else nullcontext() as video:
+        film = f"step-{checkpoint.step:09d}" + (f"-{re.sub(r'[^A-Za-z0-9.-]+', '_', game)}" if game != own else "")
+        with Video(run.folder / "videos" / f"{film}.mp4", env.fps) if options.video else nullcontext() as video:
             mine = play(env, policy, episodes, options.seed, place=place, watch=video and video.watch)
         theirs = play(env, uniform(env.actions, random), episodes, options.seed, place=place, frames=mine.frames)
     if method == "aps" and options.video and not options.skill:
@@ -271,6 +305,7 @@ def measure(run: Run, options: EvaluateConfig) -> None:
     entries = [
         {
             "policy": name,
+            "task": game,
             "step": checkpoint.step,
             "frames": checkpoint.step * env.action_repeat,
             "protocol": protocol | {"epsilon": epsilon},
@@ -289,13 +324,24 @@ def measure(run: Run, options: EvaluateConfig) -> None:
             "lengths": played.lengths,
             "coverage": thinned(played.coverage),
             "places": thinned(played.places),
+            "physics": sampled(played.physics),
             "seconds": played.seconds,
         }
         for name, epsilon, played, entropy in zip(("agent", "random"), (options.epsilon, 1.0), (mine, theirs), entropies, strict=True)
     ]
-    write_results(run, saved, config, entries)
+    write_results(run, saved, own, config.seed, entries)
     print(table(entries))
-    print(f"{run.folder}/results.json" + (f", {video.path}" if video else ""))
+    print(f"{run.folder}/results.json" + (f", {video.path}" if video else ""), flush=True)
+    return entries[0]
+
+
+def sampled(physics: list[np.ndarray]) -> list[list[float]] | None:
+    """Of all states, evenly over what was played, to four digits."""
+    if not physics:
+        return None
+    states = np.concatenate(physics)
+    chosen = states[np.linspace(0, len(states) - 1, min(PHYSICS, len(states))).round().astype(int)]
+    return [[float(f"{number:.4g}") for number in state] for state in chosen]
 
 
 def human_normalised(game: str, played: Played) -> float | None:
@@ -308,7 +354,7 @@ def count_at(curve: list[tuple[int, int]], frames: int) -> int | None:
     return max((count for at, count in curve if at <= frames), default=None)
 
 
-def write_results(run: Run, saved: dict, config, entries: list[dict]) -> None:
+def write_results(run: Run, saved: dict, game: str, seed: int, entries: list[dict]) -> None:
     """results.json keeps earlier evaluations, but for those of the same policy at the same step by the same protocol."""
     path = run.folder / "results.json"
     try:
@@ -322,8 +368,8 @@ def write_results(run: Run, saved: dict, config, entries: list[dict]) -> None:
     new = {key(entry) for entry in json.loads(json.dumps(entries))}
     results = {key: saved.get(key) for key in ("method", "domain", "preset", "transfer") if key in saved}
     results |= {
-        "game": config.env.name,
-        "seed": config.seed,
+        "game": game,
+        "seed": seed,
         "evaluations": [entry for entry in before if key(entry) not in new] + entries,
     }
     write_json(path, results)

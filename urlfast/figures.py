@@ -134,6 +134,18 @@ class Chart:
         self.marks.append(f'<rect class="{style}" x="{a:.1f}" y="{py:.1f}" width="{max(b - a - 0.6, 0.6):.1f}" height="{base - py:.1f}"/>')
         return self
 
+    def bar_across(self, x0, x1, y0, y1, style):
+        """A bar between two heights, from x0 to x1."""
+        (a, b), (low, high) = self.place([x0, x1], [y0, y1])
+        self.marks.append(f'<rect class="{style}" x="{min(a, b):.1f}" y="{high:.1f}" width="{abs(b - a):.1f}" height="{low - high:.1f}"/>')
+        return self
+
+    def upright(self, x, style):
+        """A level of x across the whole height."""
+        px, _ = self.place(x, 0)
+        self.marks.append(f'<line class="rule {style}" x1="{px:.1f}" x2="{px:.1f}" y1="{self.top}" y2="{self.bottom}"/>')
+        return self
+
     def rings(self, x, y, names, style=""):
         """A circle around each point, and its name on the side where it is farthest from the other circles and names."""
         px, py = self.place(x, y)

@@ -1,7 +1,8 @@
 """`urlfast report RUN...`: what one run or several did, as one HTML file that needs no network and no script.
 
 Reads a run's folder and changes nothing in it but report.html. Everything shown comes from config.json, metrics.jsonl (while training),
-results.json (`urlfast evaluate`), videos/, and the newest valid checkpoint with its replay (the particles).
+results.json (`urlfast evaluate`), videos/, and the newest valid checkpoint with its replay (the particles). Of several runs, or of a
+sweep's folder, it compares what they came to (compare.py), and writes the tables beside the page as CSV and LaTeX.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import io
 import math
 import os
+import re
 import sys
 import time
 from collections import deque
@@ -24,15 +26,20 @@ from typing import Annotated
 import numpy as np
 import tyro
 
-from urlfast import __version__, stats
+from urlfast import __version__, compare, papers, stats
+from urlfast.envs.dmc_tasks import domain_of
 from urlfast.figures import Chart, data_url, extent, png, short, smooth, thin
 from urlfast.run import Run, UserError, command, human_bytes, human_time, open_plain, read_json, read_metrics, replacing
+from urlfast.sweep import runs_of
+from urlfast.tables import UNITS, Number, Table, over_tasks
 
-LEARNERS = {"drq": "DrQ"}  # on the environment's own reward
-METHODS = {"apt": "APT"} | LEARNERS
+LEARNERS = {"drq": "DrQ", "drq-sac": "DrQ-SAC", "ddpg": "DDPG", "aps-task": "APS's task"}  # on the environment's own reward
+METHODS = {"apt": "APT", "aps": "APS"} | LEARNERS
 BESIDE = {
     "seed",
     "env.game",
+    "env.task",
+    "env.id",
     "device",
     "runs",
     "log_every",
@@ -44,6 +51,9 @@ BATCH = 256  # sampled at a time
 RARE = 0.05  # fraction of the particles that counts as the rarest
 EXTREMES = 8  # frames shown at each end of the reward
 NBSP = "\u00a0"
+WHOLE = 12  # runs of which a page shows all; of more, it compares them
+FILMS = 4  # videos beside each other
+FILM = re.compile(r"step-([0-9]{9,18})\.mp4")
 VIDEO_LIMIT = 48_000_000  # bytes; base64 adds a third
 VIDEO_PIXELS = 4_000_000  # of a frame
 
@@ -53,9 +63,9 @@ class Options:
     """What `urlfast report` takes."""
 
     runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN [RUN ...]")]
-    """Folders of runs, or names under runs/."""
+    """Folders of runs, or names under runs/; or of sweeps, for all their runs."""
     out: Path | None = None
-    """The page; RUN/report.html for one run, report.html here for several."""
+    """The page; RUN/report.html for one run, report.html here for several, whose tables go beside it as CSV and LaTeX."""
 
 
 # A run, read ---------------------------------------------------------------------------------------------------------
@@ -81,6 +91,7 @@ class Story:
     results: dict | None = None
     particles: Particles | None = None
     video: Path | None = None
+    films: list[tuple[int, Path]] = field(default_factory=list)  # step, video: of several checkpoints
     lacks: dict[str, str] = field(default_factory=dict)
     row: str = ""  # of the sweep that it is from
     group: str = ""  # what it is compared as, beside other runs
@@ -97,7 +108,7 @@ class Story:
     @property
     def game(self) -> str:
         env = self.options.get("env") or {}
-        return str(env.get("game") or env.get("task") or self.config.get("domain", "?"))
+        return str(env.get("game") or env.get("task") or env.get("id") or self.config.get("domain", "?"))
 
     @property
     def seed(self):
@@ -128,21 +139,32 @@ class Story:
         steps, values = self.metrics.get(name, ((), ()))
         return values[-1] if len(steps) else default
 
+    def evaluations(self, policy, elsewhere=False) -> list[dict]:
+        """On the run's own task, or on others, which are zero-shot; the last one last."""
+        found = [e for e in (self.results or {}).get("evaluations", ()) if e["policy"] == policy]
+        found = [e for e in found if (e.get("task", self.game) != self.game) == elsewhere]
+        return sorted(found, key=lambda e: (e.get("frames") or 0, len(e["returns"])))
+
     def evaluation(self, policy) -> dict | None:
         """The last evaluation of a policy, never the best one; of several at one step, the one of most episodes."""
-        found = [e for e in (self.results or {}).get("evaluations", ()) if e["policy"] == policy]
-        return sorted(found, key=lambda e: (e.get("frames") or 0, len(e["returns"])))[-1] if found else None
+        return next(reversed(self.evaluations(policy)), None)
+
+    def normalised(self, unit: str, score: float) -> float | None:
+        """A score on the run's task, human-normalised or divided by URLB's expert."""
+        if unit == "human" and self.game in stats.ATARI_SCORES:
+            return float(stats.human_normalised_score(self.game, score))
+        if unit == "expert" and self.game in stats.URLB_EXPERT:
+            return float(score) / stats.URLB_EXPERT[self.game]
+        return None
 
     @property
     def hns(self) -> float | None:
         agent = self.evaluation("agent")
-        if agent is None or self.game not in stats.ATARI_SCORES:
-            return None
-        return float(stats.human_normalised_score(self.game, np.mean(agent["returns"])))
+        return self.normalised("human", np.mean(agent["returns"])) if agent else None
 
 
-def read(folder: str | Path) -> Story:
-    """Everything there is of one run; raises UserError where the folder is none."""
+def read(folder: str | Path, whole: bool = True) -> Story:
+    """Everything there is of one run, or only its numbers; raises UserError where the folder is none."""
     run = Run.find(folder)
     story = Story(run.folder, run.config, _columns(read_metrics(run.folder)))
     if not story.metrics:
@@ -155,9 +177,13 @@ def read(folder: str | Path) -> Story:
         story.lacks["results"] = f"Not evaluated yet: {evaluate} plays the policy and a random one by the protocol."
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         story.lacks["results"] = f"results.json is damaged ({error}); {evaluate} writes it anew."
+    if not whole:
+        return story
     videos = sorted((run.folder / "videos").glob("[!.]*.mp4"), key=lambda file: (file.lstat().st_mtime, file.name))
     if videos:
         story.video = videos[-1]
+        films = sorted((int(match[1]), video) for video in videos if (match := FILM.fullmatch(video.name)))
+        story.films = [films[i] for i in np.unique(np.linspace(0, len(films) - 1, FILMS).round().astype(int))] if len(films) > 1 else []
     else:
         story.lacks["video"] = f"No video yet: {evaluate} records one."
     try:
@@ -167,30 +193,36 @@ def read(folder: str | Path) -> Story:
     return story
 
 
-def read_all(folder: str | Path) -> list[Story]:
-    """Of a run, or of every run of a sweep's folder, by the names of its rows."""
-    if not (Path(folder) / "sweep.json").is_file():
-        return [read(folder)]
-    from urlfast.sweep import runs_of
+def read_all(runs: Sequence[str | Path]) -> list[Story]:
+    """Of runs, and of every run of a sweep's folder by the names of its rows."""
+    rows: list[tuple[Path, str]] = []
+    for run in runs:
+        if (Path(run) / "sweep.json").is_file():
+            found = list(runs_of(run).items())
+            if not found:
+                raise UserError(f"{run}: no run of this sweep has begun")
+            rows += found
+        else:
+            rows.append((Path(run), ""))
+    return [replace(read(run, whole=len(rows) <= WHOLE), row=row) for run, row in rows]
 
-    stories = [replace(read(run), row=row) for run, row in runs_of(folder).items()]
-    if not stories:
-        raise UserError(f"{folder}: no run of this sweep has begun")
-    return stories
 
-
-COUNTS = ("frames", "unique_states", "unique_places", "frames_of_unique_states")
+COUNTS = ("frames", "success", "state_entropy", "unique_states", "unique_places", "frames_of_unique_states")
 
 
 def _evaluation(entry: dict) -> dict:
     """An entry of results.json; ValueError where a number that is drawn is none."""
     returns, coverage = entry["returns"], [*(entry.get("coverage") or []), *(entry.get("places") or [])]
     counted = [entry[name] for name in COUNTS if entry.get(name) is not None]
-    numbers = [*returns, *counted, *(number for point in coverage for number in point)]
+    physics = entry.get("physics") or []
+    numbers = [*returns, *counted, *(number for point in (*coverage, *physics) for number in point)]
+    if len({len(state) for state in physics}) > 1:
+        raise ValueError("physical states of unequal lengths")
     if not 0 < len(returns) <= 100_000 or not all(map(_plottable, numbers)) or any(len(point) != 2 for point in coverage):
         raise ValueError("an evaluation whose numbers are none")
-    if not isinstance(entry["policy"], str) or not isinstance(entry.get("protocol", {}), dict):
-        raise ValueError("an evaluation of no policy, or by no protocol")
+    named = isinstance(entry["policy"], str) and isinstance(entry.get("task", ""), str)
+    if not named or not isinstance(entry.get("protocol", {}), dict):
+        raise ValueError("an evaluation of no policy, on no task or by no protocol")
     return entry
 
 
@@ -400,9 +432,14 @@ def tiles(story: Story) -> str:
             tile(
                 "Score",
                 number(np.mean(agent["returns"])),
-                note + (f"; human-normalised {percent(story.hns)}" if story.hns is not None else ""),
+                note + "".join(f"; {says} {percent(v)}" for says, v in relative(story, np.mean(agent["returns"]))),
             )
         )
+        if agent.get("success") is not None:
+            out.append(tile("Episodes with reward", percent(agent["success"], 0), "share of the evaluation's, on a sparse task"))
+        if agent.get("state_entropy") is not None and random and random.get("state_entropy") is not None:
+            note = f"random play {number(random['state_entropy'])}; mean log distance of a physical state to its 12 nearest"
+            out.append(tile("State entropy", number(agent["state_entropy"]), note))
         covered = coverage_at_equal_frames(agent, random)
         if covered and covered[1]:
             note = f"{number(covered[0])} against {number(covered[1])}, each in {short(covered[2])} frames"
@@ -416,6 +453,11 @@ def tiles(story: Story) -> str:
     elif story.last("episodes") is not None:
         out.append(tile("Episodes", number(story.last("episodes")), "finished while training"))
     return f'<div class="tiles">{"".join(out)}</div>' if out else ""
+
+
+def relative(story: Story, score: float) -> list[tuple[str, float]]:
+    said = (("human-normalised", story.normalised("human", score)), ("of URLB's expert", story.normalised("expert", score)))
+    return [(says, value) for says, value in said if value is not None]
 
 
 def curve(story: Story, name: str, heading: str, caption: str, bounds=(), levels=()) -> str:
@@ -549,8 +591,7 @@ def coverage(story: Story) -> str:
 
 def progress_of_evaluations(story: Story) -> str:
     """Evaluated score against training, where a run was evaluated more than once."""
-    found = [e for e in (story.results or {}).get("evaluations", ()) if e["policy"] == "agent" and e.get("frames") is not None]
-    found.sort(key=lambda e: e["frames"])
+    found = [e for e in story.evaluations("agent") if e.get("frames") is not None]
     if len({e["frames"] for e in found}) < 2:
         return ""
     x, y = np.array([e["frames"] for e in found], np.float64), np.array([np.mean(e["returns"]) for e in found])
@@ -681,15 +722,25 @@ def _names(count: int) -> list[str]:
 def video(story: Story) -> str:
     if story.video is None:
         return ""
+    return film(story.video, "The first evaluation episode, {seconds} of it, at the speed of the game ({name}).", VIDEO_LIMIT)
+
+
+def films(story: Story) -> str:
+    """The same episode as several checkpoints played it."""
+    shown = [film(path, f"After {number(step)} steps: {{seconds}}.", VIDEO_LIMIT // FILMS) for step, path in story.films]
+    return f'<div class="films">{"".join(shown)}</div>' if shown else ""
+
+
+def film(path: Path, caption: str, limit: int) -> str:
     try:
-        with open_plain(story.video) as file:
+        with open_plain(path) as file:
             size = os.fstat(file.fileno()).st_size
-            if size > VIDEO_LIMIT:
-                says = f"The video takes {human_bytes(size)}, too much to carry in this page: {story.video}"
+            if size > limit:
+                says = f"The video takes {human_bytes(size)}, too much to carry in this page: {path}"
                 return f'<p class="missing">{escape(says)}</p>'
             content = file.read()
     except OSError as error:
-        return f'<p class="missing">{escape(f"{story.video} cannot be read ({error.strerror}).")}</p>'
+        return f'<p class="missing">{escape(f"{path} cannot be read ({error.strerror}).")}</p>'
     import av
 
     try:
@@ -703,17 +754,51 @@ def video(story: Story) -> str:
             poster = [f' poster="{png(np.ascontiguousarray(frame.to_ndarray(format="rgb24")))}"' for frame in shown]
             seconds = (container.duration or 0) / av.time_base
     except (av.FFmpegError, IndexError, ValueError, OverflowError) as error:
-        return f'<p class="missing">{escape(f"{story.video} cannot be read ({error}).")}</p>'
+        return f'<p class="missing">{escape(f"{path} cannot be read ({error}).")}</p>'
     source = f'width="{width}" height="{height}"{"".join(poster)} src="{data_url(content, "video/mp4")}"'
-    caption = f"The first evaluation episode, {human_time(seconds)} of it, at the speed of the game ({story.video.name})."
+    caption = caption.format(seconds=human_time(seconds), name=path.name)
     return f"<figure><video controls autoplay loop muted playsinline {source}></video><figcaption>{escape(caption)}</figcaption></figure>"
 
 
 def play(story: Story) -> str:
     """The policy: seen, and measured beside it."""
-    measured = [part for part in (scores(story), coverage(story), progress_of_evaluations(story)) if part]
+    where = where_it_was([story], {story.group: "s0"})
+    measured = [part for part in (scores(story), coverage(story), *where, progress_of_evaluations(story)) if part]
     seen = video(story)
     return grid(seen, f'<div class="stack">{"".join(measured)}</div>') if seen and measured else grid(seen, *measured)
+
+
+def where_it_was(stories: list[Story], styles: dict[str, str]) -> list[str]:
+    """A picture for each robot of DMControl whose physics was kept."""
+    robots: dict[str, tuple[dict[str, list], list]] = {}
+    for story in stories:
+        if story.config.get("domain") == "dmc":
+            for policy in ("agent", "random"):
+                physics = (story.evaluation(policy) or {}).get("physics")
+                if physics:
+                    agents, random = robots.setdefault(domain_of(story.game), ({}, []))
+                    (agents.setdefault(story.group, []) if policy == "agent" else random).append(np.asarray(physics, np.float64))
+    figures = []
+    for robot, (agents, random) in robots.items():
+        samples = {group: np.concatenate(of) for group, of in agents.items()}
+        drawn = compare.covered(robot, samples, np.concatenate(random) if random else None, styles) if samples else None
+        figures.append(figure(*drawn) if drawn else "")
+    return figures
+
+
+def elsewhere(stories: list[Story]) -> str:
+    """Evaluations on tasks that are not the run's own, beside random play."""
+    rows = []
+    for story in stories:
+        chance = {e["task"]: e for e in story.evaluations("random", elsewhere=True)}
+        for task, e in {e["task"]: e for e in story.evaluations("agent", elsewhere=True)}.items():
+            against = number(np.mean(chance[task]["returns"])) if task in chance else None
+            rows.append((story.folder.name, task, number(e.get("frames")), number(np.mean(e["returns"])), against))
+    return (
+        table(("run", "task", "training frames", "score", "random"), [["n/a" if c is None else c for c in r] for r in rows], 2)
+        if rows
+        else ""
+    )
 
 
 def about(story: Story) -> str:
@@ -760,6 +845,10 @@ def one(story: Story, anchor: str) -> str:
             f'<p class="facts">{escape("  ·  ".join(facts))}</p></header>',
             tiles(story),
             section("What it learned to do", play(story), missing(story, "results"), missing(story, "video")),
+            section("Over training", films(story), say="The first evaluation episode of several checkpoints."),
+            section(
+                "On other tasks, as it is", elsewhere([story]), say="Zero-shot: the same policy, which has not learned from their rewards."
+            ),
             section(
                 "Learning",
                 learning(story),
@@ -829,8 +918,8 @@ def by_game(stories: list[Story]) -> dict[str, list[Story]]:
     return games
 
 
-def game_scores(stories: list[Story]) -> list[tuple[str, str, float, tuple[float, float] | None, list[float]]]:
-    """(game, group, IQM over runs, its interval from three runs on, the mean score of each run)."""
+def game_scores(stories: list[Story]) -> list[tuple[str, str, Number, list[float]]]:
+    """(game, group, IQM over runs with its interval from three runs on, the mean score of each run)."""
     out = []
     for game, runs in by_game(stories).items():
         groups: dict[str, list[float]] = {}
@@ -839,96 +928,127 @@ def game_scores(stories: list[Story]) -> list[tuple[str, str, float, tuple[float
                 groups.setdefault(story.group, []).append(float(np.mean(agent["returns"])))
         for group, values in groups.items():
             x = np.array(values)[:, None]
-            out.append((game, group, float(stats.iqm(x)), stats.bootstrap_interval(stats.iqm, x) if len(x) >= 3 else None, values))
+            between = stats.bootstrap_interval(stats.iqm, x, repeats=5000) if len(x) >= 3 else None
+            out.append((game, group, Number(float(stats.iqm(x)), between and tuple(map(float, between)), number), values))
     return out
 
 
-def aggregates(stories: list[Story], styles: dict[str, str]) -> str:
-    """Interquartile means with intervals: of each game's runs, and over games where each has as many runs."""
-    bars = game_scores(stories)
-    if not bars:
-        return '<p class="missing">No run here has been evaluated: urlfast evaluate RUN writes the scores that are compared.</p>'
-    rows = []
-    for game, group, at, between, values in bars:
-        hns = stats.human_normalised_score(game, at) if game in stats.ATARI_SCORES else None
-        rows.append(
-            (game, group, len(values), number(at), f"{number(between[0])} to {number(between[1])}" if between else "n/a", percent(hns))
-        )
-    out = table(("game", "method", "runs", "IQM of scores", "95 % interval", "human-normalised"), rows, numeric_from=2)
-    note = (
-        "Interquartile mean over runs of the mean evaluation score; bootstrap over runs. n/a: fewer than 3 runs say nothing about spread."
+def shown(made: Table) -> str:
+    """A table, and itself as files: beside the page too, and in it, so that the page goes alone."""
+    links = "".join(
+        f'<a download="{made.name}.{kind}" href="{data_url(text.encode(), f"text/{of}")}">{says}</a>'
+        for kind, of, says, text in (("csv", "csv", "CSV", made.csv()), ("tex", "x-tex", "LaTeX", made.latex()))
     )
-    out += f'<p class="missing">{note}</p>'
-    if len({game for game, *_ in bars}) == 1 and len(bars) > 1:
-        x = extent(*[values for *_, values in bars], *[b for *_, b, _ in bars if b])
-        size = {"width": 1060, "height": 54 + 58 * len(bars), "left": 16}
-        chart = Chart("Scores by method", x, (-0.45, len(bars) - 0.3), **size, yticks=[], xlabel="mean evaluation score")
-        for y, (_, group, at, between, values) in zip(reversed(range(len(bars))), bars, strict=True):
+    note = f'<p class="missing">{escape(made.note)}</p>' if made.note else ""
+    if not made.rows:
+        return note
+    heading = f'<h3 style="margin-top:34px">{escape(made.title)}</h3>'
+    rows = [[_stacked(cell) if isinstance(cell, Number) else text for cell, text in zip(*row, strict=True)]
+        for row in zip(made.rows, made.cells(), strict=True)]  # fmt: skip
+    return f'{heading}{table(made.head, rows, made.numeric_from)}<p class="files">{links}</p>{note}'
+
+
+def _stacked(value: Number) -> tuple[str, str]:
+    """A number, its interval below it in small."""
+    at, _, between = str(value).partition(" ")
+    return "html", escape(at) + (f' <span class="between">{escape(between)}</span>' if between else "")
+
+
+def aggregates(stories: list[Story], styles: dict[str, str]) -> tuple[str, list[Table]]:
+    """Interquartile means with intervals: of each game's runs, and over games where each has as many runs. And the tables in it."""
+    found = game_scores(stories)
+    if not found:
+        return '<p class="missing">No run here has been evaluated: urlfast evaluate RUN writes the scores that are compared.</p>', []
+    of = {story.game: story for story in stories}
+    units = [unit for unit in UNITS if any(story.normalised(unit, 0) is not None for story in stories)]
+    rows = []
+    for game, group, at, values in found:
+        relative = [of[game].normalised(unit, at.value) for unit in units]
+        rows.append((game, group, len(values), at, *(None if value is None else percent(value) for value in relative)))
+    head = (
+        "game",
+        "method",
+        "runs",
+        "IQM of scores",
+        *({"human": "human-normalised", "expert": "of URLB's expert"}[unit] for unit in units),
+    )
+    note = "Interquartile mean over runs of the mean evaluation score. In brackets: 95 % interval, bootstrap over runs"
+    note += "; none is shown below three runs, which say nothing about spread." if any(len(v) < 3 for *_, v in found) else "."
+    tables = [Table("scores", "Score on each task", head, rows, note, numeric_from=2)]
+    out = shown(tables[0])
+    if len({game for game, *_ in found}) == 1 and len(found) > 1:
+        x = extent(*[values for *_, values in found], *[at.between for _, _, at, _ in found if at.between])
+        size = {"width": 1060, "height": 54 + 58 * len(found), "left": 16}
+        chart = Chart("Scores by method", x, (-0.45, len(found) - 0.3), **size, yticks=[], xlabel="mean evaluation score")
+        for y, (_, group, at, values) in zip(reversed(range(len(found))), found, strict=True):
             chart.dots(values, [y - 0.17] * len(values), f"{styles[group]} soft", radius=3)
-            if between:
-                chart.span(*between, y, styles[group])
-            chart.dots([at], [y], styles[group], radius=5.5).text(x[0], y, group, "name", dy=-14)
+            if at.between:
+                chart.span(*at.between, y, styles[group])
+            chart.dots([at.value], [y], styles[group], radius=5.5).text(x[0], y, group, "name", dy=-14)
         out += figure(
             chart.svg(),
             "Large: interquartile mean over runs, with its interval where there are three or more. Small: the mean score of each.",
         )
-    return out + over_games(stories, styles)
+    for unit in units:
+        text, made = over_games(stories, styles, unit)
+        out, tables = out + text, tables + made
+    for made in beside_papers(stories):
+        out, tables = out + shown(made), [*tables, made]
+    return out, tables
 
 
-def over_games(stories: list[Story], styles: dict[str, str]) -> str:
-    rows, profiles, notes = [], [], []
+def over_games(stories: list[Story], styles: dict[str, str], unit: str) -> tuple[str, list[Table]]:
     groups: dict[str, dict[str, list[float]]] = {}
     for story in stories:
+        agent = story.evaluation("agent")
+        value = story.normalised(unit, np.mean(agent["returns"])) if agent else None
+        if value is not None:
+            groups.setdefault(story.group, {}).setdefault(story.game, []).append(value)
+    made, matrices = over_tasks(groups, unit)
+    if made is None:
+        return "", []
+    out = shown(made)
+    if matrices:
+        drawn = [compare.profiles(matrices, styles, unit)]
+        if len(matrices) > 1:
+            drawn.append(compare.bars({row[0]: row[3] for row in made.rows}, styles, "interquartile mean, normalised"))
+        out += f'<div class="stack">{"".join(figure(*one) for one in drawn)}</div>'
+    return out, [made] if made.rows else []
+
+
+def learning_curves(stories: list[Story], styles: dict[str, str]) -> str:
+    """Scores of evaluated checkpoints over training, on each task and over all."""
+    tasks: dict[str, dict[str, list[dict[int, float]]]] = {}
+    over: dict[str, dict[str, dict[str, list[dict[int, float]]]]] = {}
+    for story in stories:
+        scores = {e["frames"]: float(np.mean(e["returns"])) for e in story.evaluations("agent") if e.get("frames") is not None}
+        if scores:
+            tasks.setdefault(story.game, {}).setdefault(story.group, []).append(scores)
+            for unit in UNITS:
+                if story.normalised(unit, 0) is not None:
+                    normalised = {at: story.normalised(unit, score) for at, score in scores.items()}
+                    over.setdefault(unit, {}).setdefault(story.group, {}).setdefault(story.game, []).append(normalised)
+    drawn = [compare.efficiency_over_tasks(groups, styles, unit) for unit, groups in over.items()]
+    drawn += [compare.efficiency(groups, styles, game.replace("_", " ")) for game, groups in tasks.items()]
+    return grid(*(figure(*one) for one in drawn if one))
+
+
+def beside_papers(stories: list[Story]) -> list[Table]:
+    """Of what was fine-tuned on Atari: the papers' own numbers beside ours."""
+    games: dict[str, tuple[str, dict[str, list[float]]]] = {}
+    relative: dict[str, dict[str, list[float]]] = {}
+    for story in stories:
+        source, agent = story.config.get("transfer"), story.evaluation("agent")
+        if story.config.get("domain") != "atari" or agent is None:
+            continue
+        score = float(np.mean(agent["returns"]))
         if story.hns is not None:
-            groups.setdefault(story.group, {}).setdefault(story.game, []).append(story.hns)
-    for group, games in groups.items():
-        if len(games) < 2:
-            continue
-        if len({len(runs) for runs in games.values()}) > 1:
-            counts = ", ".join(f"{game} {len(runs)}" for game, runs in games.items())
-            notes.append(f"{group}: not aggregated over games, which have unequal numbers of runs ({counts}).")
-            continue
-        x = np.array(list(games.values())).T
-        between = stats.bootstrap_interval(stats.iqm, x) if len(x) >= 3 else None
-        rows.append(
-            (
-                group,
-                len(games),
-                len(x),
-                f"{stats.iqm(x):.3f}",
-                f"{between[0]:.3f} to {between[1]:.3f}" if between else "n/a",
-                f"{stats.mean(x):.3f}",
-                f"{stats.median(x):.3f}",
-                f"{stats.optimality_gap(x):.3f}",
-                f"{stats.human_level(x)} / {stats.human_level(x, 0.75)}",
-            )
-        )
-        profiles.append((group, x))
-    out = ""
-    if rows:
-        head = ("method", "games", "runs each", "IQM", "95 % interval", "mean", "median", "optimality gap", "human level (1.0 / 0.75)")
-        out += f'<h3 style="margin-top:34px">Human-normalised, over games</h3>{table(head, rows, numeric_from=1)}'
-        tau = np.linspace(min(0.0, *(x.min() for _, x in profiles)), max(x.max() for _, x in profiles) * 1.02, 201)
-        chart = Chart(
-            "Performance profiles",
-            (tau[0], tau[-1]),
-            (0, 1.02),
-            width=1060,
-            height=320,
-            xlabel="human-normalised score τ",
-            ylabel="runs above τ",
-            left=44,
-        )
-        for group, x in profiles:
-            if len(x) >= 3:
-                low, high = stats.bootstrap_interval(lambda s: stats.performance_profile(s, tau), x, repeats=2000)
-                chart.band(tau, low, high, styles[group])
-            chart.line(tau, stats.performance_profile(x, tau), styles[group])
-        out += figure(
-            chart.svg(),
-            "Performance profile: the fraction of all runs on all games that score above τ. Higher and further right is better.",
-        )
-    return out + "".join(f'<p class="missing">{escape(note)}</p>' for note in notes)
+            relative.setdefault(story.group, {}).setdefault(story.game, []).append(story.hns)
+        if source and source["rule"] == "whole" and source["method"] in papers.SCORES and story.row in ("", METHODS[source["method"]]):
+            games.setdefault(story.group, (source["method"], {}))[1].setdefault(story.game, []).append(score)
+        elif source and source["rule"] == "random-head" and source["method"] == "apt":
+            games.setdefault(story.group, ("apt, random head", {}))[1].setdefault(story.game, []).append(score)
+    return [made for made in (compare.beside_paper(games), compare.beside_aggregates(relative)) if made]
 
 
 def name_groups(stories: list[Story]) -> None:
@@ -947,8 +1067,10 @@ def name_groups(stories: list[Story]) -> None:
             story.group = ", ".join([kind, *(f"{name.removeprefix('method.')} {o.get(name)}" for name in differing)])
 
 
-def several(stories: list[Story]) -> str:
+def several(stories: list[Story]) -> tuple[str, list[Table]]:
+    """The page's body, and the tables in it."""
     name_groups(stories)
+    whole = len(stories) <= WHOLE
     groups = list(dict.fromkeys(story.group for story in stories))
     styles = {group: f"s{i % 6}" for i, group in enumerate(groups)}
     games = by_game(stories)
@@ -966,7 +1088,7 @@ def several(stories: list[Story]) -> str:
         covered = coverage_at_equal_frames(agent, random) if agent else None
         rows.append(
             (
-                ("html", f'<a href="#run-{i + 1}">{escape(story.folder.name)}</a>'),
+                ("html", f'<a href="#run-{i + 1}">{escape(story.folder.name)}</a>') if whole else story.folder.name,
                 story.group,
                 story.game,
                 story.seed,
@@ -977,7 +1099,7 @@ def several(stories: list[Story]) -> str:
                 f"{covered[0] / covered[1]:.2f}×" if covered and covered[1] else "",
             )
         )
-    means = [f"{group} {number(at)}" + (f" ({number(b[0])} to {number(b[1])})" if b else "") for _, group, at, b, _ in game_scores(stories)]
+    means = [f"{group} {at}" for _, group, at, _ in game_scores(stories)]
     if len(games) == 1 and means:
         text = f"Interquartile mean of the evaluation scores: {', '.join(means)}."
     else:
@@ -1012,7 +1134,12 @@ def several(stories: list[Story]) -> str:
             ),
             overlaid_coverage(runs, styles, f"Coverage{name}"),
         ]
-    return "".join(
+    scores, tables = aggregates(stories, styles)
+    if not whole:
+        each = f'<p class="missing">More than {WHOLE} runs: urlfast report RUN makes a page that shows all of one.</p>'
+    else:
+        each = "".join(one(story, f"run-{i + 1}") for i, story in enumerate(stories))
+    body = "".join(
         (
             f'<header><h1>{escape(heading)}</h1><p class="lead">{escape(text)}</p></header>',
             section(
@@ -1021,11 +1148,15 @@ def several(stories: list[Story]) -> str:
                 grid(*panels),
                 say="Thin: single runs. Bold: the mean of a method's runs, as far as all of them have come.",
             ),
-            section("Scores", aggregates(stories, styles)),
+            section("Scores", scores),
+            section("Score over training", learning_curves(stories, styles)),
+            section("What was covered", grid(*where_it_was(stories, styles))),
+            section("On other tasks, as they are", elsewhere(stories), say="Zero-shot: policies that have not learned from these rewards."),
             section("The runs", table(head, rows, numeric_from=4)),
-            *(one(story, f"run-{i + 1}") for i, story in enumerate(stories)),
+            each,
         )
     )
+    return body, tables
 
 
 def _count(n: int, noun: str) -> str:
@@ -1035,31 +1166,36 @@ def _count(n: int, noun: str) -> str:
 # The page ------------------------------------------------------------------------------------------------------------
 
 
-def page(stories: list[Story]) -> str:
-    body = one(stories[0], "run-1") if len(stories) == 1 else several(stories)
+def page(stories: list[Story]) -> tuple[str, list[Table]]:
+    """The page, and the tables in it."""
+    body, tables = (one(stories[0], "run-1"), []) if len(stories) == 1 else several(stories)
     heading = title(stories[0]) if len(stories) == 1 else f"{len(stories)} runs"
     style = Path(__file__).with_name("report.css").read_text()
     written = time.strftime("%Y-%m-%d %H:%M")
-    return (
+    text = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(heading)} – urlfast</title><style>{style}</style></head><body><main>"
         '<header><p class="kicker">urlfast report</p></header>'
         f"{body}<footer>Written by urlfast {escape(__version__)} on {written}.</footer></main></body></html>\n"
     )
+    return text, tables
 
 
 def report(runs: Sequence[str | Path], out: str | Path | None = None) -> Path:
     """Writes the page of one run or several and returns its path: `out`, else RUN/report.html for one run and ./report.html for several."""
     if not runs:
         raise UserError("RUN: name at least one run's folder")
-    stories = [story for run in runs for story in read_all(run)]
+    stories = read_all(runs)
     path = Path(out) if out is not None else stories[0].folder / "report.html" if len(stories) == 1 else Path("report.html")
-    content = page(stories).encode("utf-8", "backslashreplace").decode()
+    content, tables = page(stories)
+    files = {path: content} | {path.with_name(f"{path.stem}-{made.name}.csv"): made.csv() for made in tables}
+    files |= {path.with_name(f"{path.stem}-{made.name}.tex"): made.latex() for made in tables}
     try:
         if path.exists() and not path.is_file():
             raise UserError(f"--out: {path} is not a file")
-        with replacing(path) as file:
-            file.write(content)
+        for name, text in files.items():
+            with replacing(name) as file:
+                file.write(text.encode("utf-8", "backslashreplace").decode())
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}" if path.parent.is_dir() else f"--out: {path.parent} is no folder") from None
     return path

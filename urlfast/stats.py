@@ -86,6 +86,11 @@ def human_level(scores, threshold=1.0):
     return (_scores(scores).mean(-2) >= threshold).sum(-1)
 
 
+def above_random(scores):
+    """Number of tasks whose mean over runs is above 0, where a human-normalised score has random play."""
+    return (_scores(scores).mean(-2) > 0).sum(-1)
+
+
 def probability_of_improvement(x, y):
     """P(X > Y): over tasks, the mean chance that a random run of x (..., N, M) beats one of y (..., N', M); a tie counts half."""
     x, y = _scores(x, "x"), _scores(y, "y")
