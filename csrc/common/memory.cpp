@@ -5,40 +5,31 @@
 #include <cstdlib>
 #include <fstream>
 
+#include "common/cgroup.hpp"
 #include "common/check.hpp"
 
 namespace urlfast {
 namespace {
 
-// The limit of a cgroup minus what it uses, following the group up to its root; -1 where nothing limits it.
+// Bytes of cached files: counted as used, and given back before anything else is refused.
+double cached_files(const Cgroup& group) {
+  std::ifstream in(group.folder + "memory.stat");
+  const std::string prefix = group.unified ? "" : "total_";
+  double sum = 0, bytes = 0;
+  for (std::string name; in >> name >> bytes;)
+    if (name == prefix + "inactive_file" || name == prefix + "active_file") sum += bytes;
+  return sum;
+}
+
+// What the process's cgroups leave: the limit of each minus what it uses; -1 where nothing limits it.
 int64_t cgroup_room() {
   int64_t room = -1;
-  auto number = [](const std::string& path) -> int64_t {
-    std::ifstream in(path);
-    std::string word;
-    if (!(in >> word) || word == "max") return -1;
-    return std::strtoll(word.c_str(), nullptr, 10);
-  };
-  auto consider = [&](const std::string& folder, const char* limit_name, const char* used_name) {
-    const int64_t limit = number(folder + limit_name), used = number(folder + used_name);
-    if (limit <= 0 || limit > int64_t(1) << 60 || used < 0) return;  // v1 writes a huge number for "no limit"
-    const int64_t left = std::max<int64_t>(0, limit - used);
+  for (const Cgroup& group : cgroups("memory")) {
+    const double limit = cgroup_number(group.folder + (group.unified ? "memory.max" : "memory.limit_in_bytes"));
+    const double used = cgroup_number(group.folder + (group.unified ? "memory.current" : "memory.usage_in_bytes"));
+    if (limit <= 0 || limit > 0x1p60 || used < 0) continue;  // version 1 writes a huge number for "no limit"
+    const auto left = int64_t(std::clamp(limit - used + cached_files(group), 0., limit));
     room = room < 0 ? left : std::min(room, left);
-  };
-  std::ifstream groups("/proc/self/cgroup");
-  for (std::string line; std::getline(groups, line);) {
-    const bool v2 = line.rfind("0::", 0) == 0;
-    const size_t memory = line.find(":memory:");
-    if (!v2 && memory == std::string::npos) continue;
-    std::string path = v2 ? line.substr(3) : line.substr(memory + 8);
-    const std::string root = v2 ? "/sys/fs/cgroup" : "/sys/fs/cgroup/memory";
-    for (;;) {
-      const std::string folder = root + (path == "/" ? "" : path) + "/";
-      v2 ? consider(folder, "memory.max", "memory.current")
-         : consider(folder, "memory.limit_in_bytes", "memory.usage_in_bytes");
-      if (path.empty() || path == "/") break;
-      path.resize(path.rfind('/') == std::string::npos ? 0 : path.rfind('/'));
-    }
   }
   return room;
 }

@@ -16,19 +16,27 @@
 #include <thread>
 #include <vector>
 
+#include "common/cgroup.hpp"
+
 namespace urlfast {
 namespace {
 
-int64_t cgroup_cpus() {  // cgroup v2 "quota period" in microseconds, or v1's two files; 0 where there is no limit
-  std::ifstream v2("/sys/fs/cgroup/cpu.max");
-  std::string quota;
-  double period = 0;
-  if (v2 >> quota >> period && quota != "max" && period > 0)
-    return std::max<int64_t>(1, int64_t(std::atof(quota.c_str()) / period + 0.5));
-  std::ifstream q1("/sys/fs/cgroup/cpu/cpu.cfs_quota_us"), p1("/sys/fs/cgroup/cpu/cpu.cfs_period_us");
-  double q = 0, p = 0;
-  if (q1 >> q && p1 >> p && q > 0 && p > 0) return std::max<int64_t>(1, int64_t(q / p + 0.5));
-  return 0;
+// What the process's cgroups allow: quota over period, of the tightest; 0 where there is no limit.
+int64_t cgroup_cpus() {
+  double least = 0;
+  for (const Cgroup& group : cgroups("cpu")) {
+    double quota = -1, period = 0;
+    if (group.unified) {
+      std::ifstream in(group.folder + "cpu.max");  // both in one file
+      std::string word;
+      if (in >> word >> period && word != "max") quota = std::atof(word.c_str());
+    } else {
+      quota = cgroup_number(group.folder + "cpu.cfs_quota_us");
+      period = cgroup_number(group.folder + "cpu.cfs_period_us");
+    }
+    if (quota > 0 && period > 0 && (least == 0 || quota / period < least)) least = quota / period;
+  }
+  return least > 0 ? std::max<int64_t>(1, int64_t(least + 0.5)) : 0;
 }
 
 int default_threads() {
