@@ -31,14 +31,8 @@ constexpr int64_t kGrain = 1 << 17;  // bytes of a batch worth a thread
 constexpr uint64_t kPhiloxStream = uint64_t('R') << 56;
 
 const ReplayKernels& kernels() {
-#ifdef URLFAST_X86
-  static const ReplayKernels& chosen = chosen_isa() >= Isa::avx512 ? avx512::replay_kernels
-                                       : chosen_isa() == Isa::avx2 ? avx2::replay_kernels
-                                                                   : baseline::replay_kernels;
+  static const ReplayKernels& chosen = URLFAST_PICK(replay_kernels);
   return chosen;
-#else
-  return baseline::replay_kernels;
-#endif
 }
 
 // Copies of long rows, each done when the next one is known, so that it can be fetched meanwhile. Past the caches: a
@@ -175,7 +169,9 @@ class ReplayCpu final : public Replay, private ReplayMemory {
     std::unique_lock<std::mutex> lock(mutex_);
     check_replay_rows(*index_, rows, scratch_);
     if (reading_ && would_overwrite(rows)) {
+      ++waiting_;
       idle_.wait(lock, [&] { return !reading_ || !would_overwrite(rows); });
+      if (--waiting_ == 0) idle_.notify_all();
       check_replay_rows(*index_, rows, scratch_);  // another adder may have come first
     }
     for (int64_t i = 0; i < rows.count; ++i) {
@@ -209,7 +205,8 @@ class ReplayCpu final : public Replay, private ReplayMemory {
     auto* probability = static_cast<float*>(out[outputs_ - 2]);
     auto* weight = static_cast<float*>(out[outputs_ - 1]);
     {
-      std::lock_guard<std::mutex> lock(mutex_);
+      std::unique_lock<std::mutex> lock(mutex_);
+      let_adders_in(lock);
       const uint64_t total = tree_.total();
       if (total == 0) {
         int64_t held = 0;
@@ -287,7 +284,8 @@ class ReplayCpu final : public Replay, private ReplayMemory {
     ReplaySaved saved;
     std::vector<char> state;
     {
-      std::lock_guard<std::mutex> lock(mutex_);
+      std::unique_lock<std::mutex> lock(mutex_);
+      let_adders_in(lock);
       for (int64_t s = 0; s < shape.streams; ++s) {
         const int64_t head = index_->head(s);
         saved.to.push_back(head);
@@ -365,6 +363,10 @@ class ReplayCpu final : public Replay, private ReplayMemory {
     return false;
   }
 
+  // With turn_ held, before a reading begins: readers in a row would keep out an adder that waits for one's end.
+  void let_adders_in(std::unique_lock<std::mutex>& lock) {
+    idle_.wait(lock, [&] { return waiting_ == 0; });
+  }
   void begin_reading() {  // with mutex_ held
     reading_ = true;
     reading_heads_.resize(size_t(config_.shape.streams));
@@ -604,6 +606,7 @@ class ReplayCpu final : public Replay, private ReplayMemory {
   std::mutex mutex_;  // everything but the rows of a reader; taken after turn_
   std::condition_variable idle_;
   bool reading_ = false;
+  int waiting_ = 0;  // adders that wait for the end of a reading
   std::vector<int64_t> reading_heads_;
 };
 
