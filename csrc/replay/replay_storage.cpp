@@ -159,9 +159,12 @@ FileReader::FileReader(std::string path, int64_t bytes, uint32_t crc)
   if (file_ < 0 && errno == ENOENT) refuse("is missing");
   if (file_ < 0) throw SystemError(errno, "could not open", path_);
   struct stat info;
-  if (fstat(file_, &info) != 0 || info.st_size != bytes) {
+  const bool known = fstat(file_, &info) == 0;
+  if (!known || info.st_size != bytes) {
+    const int code = errno;
     close(file_);
     file_ = -1;
+    if (!known) throw SystemError(code, "could not read", path_);
     refuse(text("is truncated or foreign: ", int64_t(info.st_size), " bytes where ", bytes, " were saved"));
   }
 }
