@@ -276,7 +276,7 @@ py::object step(EpisodicMemory& self, const py::object& embeddings_in, const py:
   reset.require_contiguous();
   if (reset.device.cuda) reset.require_device(self.device(), "the memory");
   require_room_on(self.device(), "k", text(self.k(), " distances for each of ", self.streams(), " streams"),
-                  double(self.streams()) * double(self.k()) * 12);  // and the indices
+                  double(self.streams()) * double(self.k()) * 4);
   const Output out = output_like(embeddings, DType::f32, {self.streams(), self.k()});
   const std::optional<Output> workspace = make_workspace(embeddings, self.workspace_bytes());
   CallStream stream(self.device());

@@ -1,6 +1,5 @@
 #include <pybind11/stl.h>
 
-#include <cerrno>
 #include <cmath>
 #include <set>
 
@@ -507,7 +506,6 @@ void bind_replay(py::module_& m) {
     try {
       if (pointer) std::rethrow_exception(pointer);
     } catch (const SystemError& error) {
-      errno = error.code;
       const py::object type = py::reinterpret_borrow<py::object>(PyExc_OSError);
       const py::object made = type(error.code, text(error.what(), ": ", std::strerror(error.code)), error.file);
       PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(made.ptr())), made.ptr());

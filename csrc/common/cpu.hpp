@@ -15,4 +15,17 @@ std::vector<Isa> available_isas();  // compiled, and this processor and operatin
 // other name.
 Isa chosen_isa();
 
+// Of kernels that are compiled for the first three: those of the chosen set, or of the one below it.
+template <class Kernels>
+const Kernels& pick(const Kernels& baseline, const Kernels& avx2, const Kernels& avx512) {
+  const Isa isa = chosen_isa();
+  return isa >= Isa::avx512 ? avx512 : isa == Isa::avx2 ? avx2 : baseline;
+}
+// Of the table `name` in each set's namespace.
+#ifdef URLFAST_X86
+#define URLFAST_PICK(name) ::urlfast::pick(baseline::name, avx2::name, avx512::name)
+#else
+#define URLFAST_PICK(name) (baseline::name)
+#endif
+
 }  // namespace urlfast

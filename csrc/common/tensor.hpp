@@ -17,7 +17,6 @@ inline const char* dtype_name(DType dtype) {
                                    "int32", "int64", "float16", "bfloat16", "float32", "float64"};
   return names[int(dtype)];
 }
-inline bool is_floating(DType dtype) { return dtype >= DType::f16; }
 
 struct Device {
   bool cuda = false;

@@ -56,10 +56,10 @@ void EpisodicMemory::step(const float* embeddings, const bool* reset, bool reset
   (void)reset_on_device, (void)workspace, (void)stream;
   int64_t* total = total_.get();
   const auto* is_reset = reinterpret_cast<const uint8_t*>(reset);
-  std::vector<int64_t> held(static_cast<size_t>(streams_)), indices(size_t(streams_ * k_));
+  std::vector<int64_t> held(static_cast<size_t>(streams_));
   for (int64_t n = 0; n < streams_; ++n) held[size_t(n)] = is_reset[n] ? 0 : std::min(total[n], capacity_);
   p.lengths = held.data();
-  knn_cpu(p, distances, indices.data());  // throws before anything has changed
+  knn_cpu(p, distances, nullptr);  // throws before anything has changed
   for (int64_t n = 0; n < streams_; ++n) {
     if (is_reset[n]) total[n] = 0;
     std::memcpy(rows_.get() + (n * capacity_ + total[n] % capacity_) * dim_, embeddings + n * dim_,

@@ -48,7 +48,8 @@ URLFAST_HD static inline double knn_log_reward(double sum, int64_t kept, double 
 }
 
 // Throws std::invalid_argument, naming the array, where a row in use has NaN or infinity.
-// distances: [problems, num_queries, k], float32 (float64 for float64), padded with infinity; indices: int64, with -1.
+// distances: [problems, num_queries, k], float32 (float64 for float64), padded with infinity; indices: int64, with -1,
+// or null.
 void knn_cpu(const KnnProblem& p, void* distances, int64_t* indices);
 // reward: [problems, num_queries], float32 (float64 for float64).
 void knn_reward_cpu(const KnnProblem& p, const KnnReward& reward, void* out);

@@ -20,22 +20,17 @@ namespace urlfast {
 namespace {
 
 template <class T>
-const KnnKernels<T>& kernels() {
-  constexpr bool narrow = std::is_same_v<T, float>;
-#define URLFAST_KNN_OF(isa)       \
-  [&]() -> const KnnKernels<T>& { \
-    if constexpr (narrow)         \
-      return isa::knn_float;      \
-    else                          \
-      return isa::knn_double;     \
-  }()
+const KnnKernels<T>& kernels();
+template <>
+const KnnKernels<float>& kernels<float>() {
 #ifdef URLFAST_X86
-  if (chosen_isa() == Isa::avx512vnni) return URLFAST_KNN_OF(avx512vnni);
-  if (chosen_isa() == Isa::avx512) return URLFAST_KNN_OF(avx512);
-  if (chosen_isa() == Isa::avx2) return URLFAST_KNN_OF(avx2);
+  if (chosen_isa() == Isa::avx512vnni) return avx512vnni::knn_float;
 #endif
-  return URLFAST_KNN_OF(baseline);
-#undef URLFAST_KNN_OF
+  return URLFAST_PICK(knn_float);
+}
+template <>
+const KnnKernels<double>& kernels<double>() {
+  return URLFAST_PICK(knn_double);
 }
 
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
@@ -69,7 +64,6 @@ class Scratch {
 struct Workspace {
   Scratch queries, keys, block, turned, candidates, limits, counts;
   Scratch query_bytes, key_bytes, query_squares, key_squares, query_errors, key_errors, centre, measured, exact;
-  ~Workspace() = default;
   void trim() {
     for (Scratch* s : {&queries, &keys, &block, &turned, &candidates, &limits, &counts, &query_bytes, &key_bytes,
                        &query_squares, &key_squares, &query_errors, &key_errors, &centre, &measured, &exact})
@@ -250,7 +244,7 @@ class Search {
     if (p.problems * row_units < threads)
       parts =
           std::clamp<int64_t>(longest / 2048, 1, (2 * threads + p.problems * row_units - 1) / (p.problems * row_units));
-    Merge merge(parts, parts > 1 ? p.problems * p.num_queries : 0, sizes.k);
+    Merge merge(parts, parts > 1 ? p.problems * p.num_queries : 0, sizes.k, shared_workspace());
 
     run_units<None>(p.problems * row_units * parts, threads > 1, [&](int64_t unit, None&) {
       const int64_t part = unit % parts, s = unit / parts / row_units, first = unit / parts % row_units * unit_rows;
@@ -529,18 +523,21 @@ class Search {
   // The best of each part of the keys, side by side per query.
   class Merge {
    public:
-    Merge(int64_t parts, int64_t rows, int64_t k)
-        : parts_(parts), k_(k), keys_(size_t(rows * parts * k)), counts_(size_t(rows * parts)) {}
+    Merge(int64_t parts, int64_t rows, int64_t k, Workspace& w)
+        : parts_(parts),
+          k_(k),
+          keys_(w.candidates.get<Key>(rows * parts * k)),
+          counts_(w.counts.get<int64_t>(rows * parts)) {}
     void put(int64_t row, int64_t part, const Key* best, int64_t found) {
-      std::copy_n(best, found, &keys_[size_t((row * parts_ + part) * k_)]);
-      counts_[size_t(row * parts_ + part)] = found;
+      std::copy_n(best, found, keys_ + (row * parts_ + part) * k_);
+      counts_[row * parts_ + part] = found;
     }
     KnnCandidates<T> row(int64_t row) {
-      Key* to = &keys_[size_t(row * parts_ * k_)];
+      Key* to = keys_ + row * parts_ * k_;
       total_ = 0;
       for (int64_t part = 0; part < parts_; ++part) {
-        const int64_t found = counts_[size_t(row * parts_ + part)];
-        std::copy_n(&keys_[size_t((row * parts_ + part) * k_)], found, to + total_);
+        const int64_t found = counts_[row * parts_ + part];
+        std::copy_n(keys_ + (row * parts_ + part) * k_, found, to + total_);
         total_ += found;
       }
       KnnCandidates<T> c{};
@@ -550,8 +547,8 @@ class Search {
 
    private:
     int64_t parts_, k_;
-    std::vector<Key> keys_;
-    std::vector<int64_t> counts_;
+    Key* keys_;
+    int64_t* counts_;
     int64_t total_ = 0;
   };
 
@@ -585,7 +582,7 @@ void find(const KnnProblem& p, T* distances, int64_t* indices) {
     const int64_t at = (s * p.num_queries + row) * p.k;
     for (int64_t i = 0; i < p.k; ++i) {
       distances[at + i] = i < count ? distance_of<T>(keys[i], unscale) : std::numeric_limits<T>::infinity();
-      indices[at + i] = i < count ? int64_t(uint32_t(keys[i])) : -1;
+      if (indices) indices[at + i] = i < count ? int64_t(uint32_t(keys[i])) : -1;
     }
   });
 }

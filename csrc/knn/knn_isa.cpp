@@ -782,8 +782,8 @@ int64_t settle(KnnCandidates<T> candidates, int64_t row) {
 
 template <class T>
 constexpr KnnKernels<T> kernels(void (*pack)(const void*, DType, int64_t, int64_t, int, T, T*)) {
-  return {Shape<T>::W,  Shape<T>::R,      Shape<T>::N,  4 * Shape<T>::W, largest<T>, pack,           widen_all<T>,
-          distances<T>, row_distances<T>, transpose<T>, offer<T>,        settle<T>,  first_pass<T>()};
+  return {Shape<T>::W,  Shape<T>::R,      4 * Shape<T>::W, largest<T>, pack,      widen_all<T>,
+          distances<T>, row_distances<T>, transpose<T>,    offer<T>,   settle<T>, first_pass<T>()};
 }
 
 }  // namespace

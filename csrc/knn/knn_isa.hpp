@@ -67,7 +67,6 @@ template <class T>
 struct KnnKernels {
   int width;        // values in a vector
   int query_group;  // rows in a group of queries, at most `width`
-  int key_groups;   // groups of keys that a tile takes
   int64_t step;     // at most this many candidates come between two looks at the trigger
 
   // Largest absolute value of count items; infinity where one is NaN or infinite.

@@ -15,14 +15,8 @@ namespace urlfast {
 namespace {
 
 const LatentKernels& kernels() {
-#ifdef URLFAST_X86
-  static const LatentKernels& chosen = chosen_isa() >= Isa::avx512 ? avx512::latent_kernels
-                                       : chosen_isa() == Isa::avx2 ? avx2::latent_kernels
-                                                                   : baseline::latent_kernels;
+  static const LatentKernels& chosen = URLFAST_PICK(latent_kernels);
   return chosen;
-#else
-  return baseline::latent_kernels;
-#endif
 }
 
 template <class T>

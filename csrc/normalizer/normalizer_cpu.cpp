@@ -18,14 +18,8 @@ namespace {
 constexpr int64_t kChunk = 32768;
 
 const NormalizerKernels& kernels() {
-#ifdef URLFAST_X86
-  static const NormalizerKernels& chosen = chosen_isa() >= Isa::avx512 ? avx512::normalizer_kernels
-                                           : chosen_isa() == Isa::avx2 ? avx2::normalizer_kernels
-                                                                       : baseline::normalizer_kernels;
+  static const NormalizerKernels& chosen = URLFAST_PICK(normalizer_kernels);
   return chosen;
-#else
-  return baseline::normalizer_kernels;
-#endif
 }
 
 MomentsOf needed(StatisticMode mode) {

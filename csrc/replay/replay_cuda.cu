@@ -115,6 +115,7 @@ class ReplayCuda final : public Replay, private ReplayMemory {
       entries_.of_slot = reinterpret_cast<int32_t*>(entry_of_slot_.data());
     }
     index_ = std::make_unique<ReplayIndex>(shape, reinterpret_cast<uint8_t*>(flags_.data()));
+    outputs_ = replay_layout(config_, 1).size();
     loaded_.from.assign(size_t(shape.streams), 0);
     loaded_.to.assign(size_t(shape.streams), 0);
     last_.record(io_.handle);
@@ -196,10 +197,9 @@ class ReplayCuda final : public Replay, private ReplayMemory {
       drawn_ = DeviceMemory(device_, batch * int64_t(sizeof(DrawnItem)));
       drawn_room_ = batch;
     }
-    const size_t outputs = replay_layout(config_, batch).size();
-    auto* indices = static_cast<int64_t*>(out[outputs - 3]);
-    auto* probability = static_cast<float*>(out[outputs - 2]);
-    auto* weight = static_cast<float*>(out[outputs - 1]);
+    auto* indices = static_cast<int64_t*>(out[outputs_ - 3]);
+    auto* probability = static_cast<float*>(out[outputs_ - 2]);
+    auto* weight = static_cast<float*>(out[outputs_ - 1]);
     queue(stream, [&] {
       const Philox rng{config_.seed, kPhiloxStream | draws_};
       const int turn = int(draws_++ & 1);
@@ -511,7 +511,8 @@ class ReplayCuda final : public Replay, private ReplayMemory {
     auto* staged_changes = reinterpret_cast<int64_t*>(take(changed * 8));
     if (changed) std::memcpy(staged_changes, changes_.data(), size_t(changed) * 8);
 
-    std::vector<AppendColumn> columns;
+    std::vector<AppendColumn>& columns = append_columns_;
+    columns.clear();
     each_column(rows, [&](const ReplayColumn& from, int64_t row_bytes, char* to, bool at_starts) {
       AppendColumn column{};
       column.to = to;
@@ -621,9 +622,10 @@ class ReplayCuda final : public Replay, private ReplayMemory {
 
   // Sampling ----------------------------------------------------------------------------------------------------------
 
-  std::vector<GatherTable> gather_tables(void* const* out, float* weight, int turn) const {
+  const std::vector<GatherTable>& gather_tables(void* const* out, float* weight, int turn) {
     const ReplayShape& shape = config_.shape;
-    std::vector<GatherColumn> columns;
+    std::vector<GatherColumn>& columns = gather_columns_;
+    columns.clear();
     for (size_t c = 0; c < columns_.size(); ++c) {
       const ReplayField& field = config_.fields[c];
       GatherColumn column{};
@@ -643,7 +645,8 @@ class ReplayCuda final : public Replay, private ReplayMemory {
                                                 : shape.length + (column.stacked ? shape.stack - 1 : 0));
       columns.push_back(column);
     }
-    std::vector<GatherTable> tables;
+    std::vector<GatherTable>& tables = gather_tables_;
+    tables.clear();
     for (size_t begin = 0; begin == 0 || begin < columns.size(); begin += kMaxColumns) {
       GatherTable table{};
       table.turn = turn;
@@ -734,7 +737,11 @@ class ReplayCuda final : public Replay, private ReplayMemory {
   ReplayEntries entries_;
   int64_t items_ = 0;
   uint64_t draws_ = 0;
+  size_t outputs_ = 0;
   std::vector<int8_t> scratch_;
+  std::vector<AppendColumn> append_columns_;
+  std::vector<GatherColumn> gather_columns_;
+  std::vector<GatherTable> gather_tables_;
   std::vector<int64_t> counts_;
   ReplayLoaded loaded_;
 

@@ -73,7 +73,7 @@ __device__ inline int64_t warp_sequence_rows(FlagRing flags, int64_t t, int64_t 
   return 1 + warp_first(length - 1, [&](int64_t i) { return !transition_exists(flags, t + i); });
 }
 
-// The same as SumTree::find, by a warp: a node's children are one load, their sums one scan.
+// The same as SumTree::descend down to a leaf, by a warp: a node's children are one load, their sums one scan.
 __device__ inline int64_t warp_find(const SumTree& tree, uint64_t r) {
   int64_t node = 0;
   for (int level = tree.levels - 2; level >= 0; --level) {
@@ -404,7 +404,7 @@ struct Rows {
 
 // priority[i] from the errors of item i; negative where nothing is to be set. Of repeated indices the last one claims
 // the slot. Stale indices, those never handed out and errors that are not finite are counted. Errors are added up in
-// the order in which the CPU does it.
+// double, in another order than on the CPU: where that rounds at all, a priority's last bit may differ.
 __global__ void __launch_bounds__(kThreads)
     claim_updates(const __grid_constant__ DeviceReplay replay, int64_t batch, int64_t steps, Rows<int64_t> indices,
                   Rows<float> td, Rows<bool> mask, double* priority) {

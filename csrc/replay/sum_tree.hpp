@@ -53,11 +53,6 @@ struct SumTree {
     walk.rest -= before;
     walk.node = (walk.node << kTreeFanoutLog2) + j;
   }
-  URLFAST_HD int64_t find(uint64_t r) const {
-    Walk walk{r};
-    for (int level = levels - 2; level >= 0; --level) descend(walk, level);
-    return walk.node;
-  }
 
   // One thread at a time; a device adds `value - leaf(i)` with atomics along the same path.
   void set(int64_t i, uint64_t value) {
