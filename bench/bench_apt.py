@@ -86,8 +86,8 @@ def mini_update(rows):
     return lambda: mini.update(*replay.sample(CONFIG.batch_size))
 
 
-def loop(precision, rows):
-    env = make_atari(GAME, num_envs=STEPS, seed=0)
+def loop(precision, threads, rows):
+    env = make_atari(replace(GAME, workers=threads), num_envs=STEPS, seed=0)
     method, replay = ours(precision, env)
     step = env.reset()
     for _ in range(len(rows) // STEPS):
@@ -111,7 +111,7 @@ def loop(precision, rows):
 
 
 def mini_loop(rows):
-    env = make_atari(GAME, num_envs=1, seed=0)
+    env = make_atari(replace(GAME, workers=1), num_envs=1, seed=0)
     mini, replay = peer(rows, env)
     step = env.reset()
     state = stacks(step)
@@ -151,7 +151,7 @@ def cases(threads):
             ),
             case(
                 shape=f"loop of {STEPS} steps, {precision}",
-                contestants={"urlfast": partial(loop, precision), "mini_apt": mini_loop},
+                contestants={"urlfast": partial(loop, precision, threads), "mini_apt": mini_loop},
                 floor=Work(**{precision: STEPS * flops()}),
             ),
         ]

@@ -68,12 +68,18 @@ def numbers(frames):
 
 
 def check_runs(results):
-    """Every row of frames [B, n, 84, 84] follows the one before, and the first two items are what was stored, byte for byte."""
+    """Every row of frames [B, n, 84, 84] follows the one before in its stream, zeros come before a stream's first row alone and leave a
+    frame of a stack, and the first two items are what was stored, byte for byte."""
     for name, frames in results.items():
         frames = np.asarray(frames)
         found = numbers(frames)
-        follows = (np.diff(found, axis=1) == 1) | (found[:, :-1] == 0) | (found[:, 1:] == 0)
-        assert follows.all() and found.any(), f"{name}: frames that do not follow each other"
+        padding = (found == 0).sum(1, keepdims=True)
+        assert padding.max() < STACK, f"{name}: zeros instead of frames"
+        first = np.take_along_axis(found, padding, 1)
+        order = first + np.arange(found.shape[1]) - padding
+        assert (found == np.where(order < first, 0, order)).all(), f"{name}: frames that do not follow each other"
+        assert ((first - 1) % ROWS == 0)[padding > 0].all(), f"{name}: zeros within a stream"
+        assert ((first - 1) // ROWS == (found[:, -1:] - 1) // ROWS).all(), f"{name}: frames of two streams"
         stored = stored_frames().reshape(-1, 84, 84)[found[:2] - 1]
         np.testing.assert_array_equal(np.where((found[:2] == 0)[..., None, None], 0, stored), frames[:2], err_msg=name)
 

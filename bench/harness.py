@@ -44,15 +44,16 @@ class Work:
         return max(amount / peaks[name] for name, amount in parts.items())
 
 
-def agree(rtol: float, atol: float = 0.0) -> Callable[[dict[str, Any]], None]:
-    """A check that all results, arrays or lists of arrays, equal the first contestant's."""
+def agree(rtol: float, atol: float = 0.0, **own: float) -> Callable[[dict[str, Any]], None]:
+    """A check that all results, arrays or lists of arrays, equal the first contestant's. own: another rtol, by the contestant's name."""
 
     def check(results):
         (ours, first), *others = results.items()
         for name, result in others:
             pairs = zip(result, first, strict=True) if isinstance(first, list | tuple) else [(result, first)]
             for got, want in pairs:
-                np.testing.assert_allclose(np.asarray(got), np.asarray(want), rtol, atol, err_msg=f"{name} and {ours} disagree")
+                got, want = np.asarray(got), np.asarray(want)
+                np.testing.assert_allclose(got, want, own.get(name, rtol), atol, err_msg=f"{name} and {ours} disagree")
 
     return check
 
