@@ -68,7 +68,7 @@ def memory_and_arithmetic(threads: int, size: int) -> dict[str, tuple]:
     out = (ctypes.c_float * threads)()
 
     def spread(part):
-        return lambda: list(pool.map(part, range(threads)))
+        return (lambda: list(pool.map(part, range(threads)))) if threads > 1 else lambda: part(0)
 
     def read(i):
         native.read_all(at(source, parts[i][0] * FRAME), ctypes.c_size_t(parts[i][1] * FRAME // 4))
@@ -111,7 +111,7 @@ def gathers(source: np.ndarray, target: np.ndarray, starts: list[np.ndarray], ru
         chosen = next(order)
         list(pool.map(lambda p: part(chosen, *p), parts))
 
-    return call
+    return call if threads > 1 else lambda: part(next(order), *parts[0])  # a small copy takes no longer than the way to a thread
 
 
 def at(array: np.ndarray, offset: int = 0) -> ctypes.c_void_p:
