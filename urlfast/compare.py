@@ -59,14 +59,14 @@ def bars(values: dict[str, Number], styles: dict[str, str], label: str) -> Figur
     return chart.svg(), says + (" Lines: 95 % intervals." if any(v.between for v in values.values()) else ""), "What each change does"
 
 
-def efficiency(curves: dict[str, list[dict[int, float]]], styles: dict[str, str], heading: str) -> Figure | None:
+def efficiency(curves: dict[str, list[dict[int, float]]], styles: dict[str, str], heading: str, of: str = "score") -> Figure | None:
     """{group: [{training frames: score} of each run]}: means over runs, at the frames that all of a group were evaluated at."""
     lines = {}
     for group, runs in curves.items():
         frames = sorted(set.intersection(*map(set, runs)))
         if len(frames) > 1:
             lines[group] = (np.array(frames, np.float64), np.array([[run[at] for at in frames] for run in runs])[:, None])
-    return _over_frames(lines, lambda x: x.mean((-3, -2)), styles, heading, "Mean over runs of the score", "score") if lines else None
+    return _over_frames(lines, lambda x: x.mean((-3, -2)), styles, heading, f"Mean over runs of the {of}", of) if lines else None
 
 
 def efficiency_over_tasks(curves: dict[str, dict[str, list[dict[int, float]]]], styles: dict[str, str], unit: str) -> Figure | None:
@@ -110,7 +110,7 @@ def _over_frames(lines: dict, statistic: Callable, styles: dict[str, str], headi
             chart.band(x, *between, styles[group])
         chart.line(x, middle, styles[group]).dots(x, middle, styles[group], radius=3)
     shaded = ", with 95 % intervals" if any(between is not None for *_, between in drawn.values()) else ""
-    return chart.svg(), f"{says} of each evaluated checkpoint{shaded}.", heading
+    return chart.svg(), f"{says}, of each evaluated checkpoint{shaded}.", heading
 
 
 def covered(domain: str, agents: dict[str, np.ndarray], random: np.ndarray | None, styles: dict[str, str]) -> Figure | None:

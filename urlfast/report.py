@@ -352,7 +352,8 @@ def lead(story: Story) -> str:
     steps = story.last("step")
     if steps is None:
         return "The run has not logged anything yet."
-    free = "on the game's own reward" if story.config.get("method") in LEARNERS else "without a reward from the game"
+    world = "game" if story.config.get("domain") == "atari" else "task"
+    free = f"on the {world}'s own reward" if story.config.get("method") in LEARNERS else f"without a reward from the {world}"
     text = f"After {number(steps)} agent steps {free}" + (f", begun from {story.pretraining}" if story.pretraining else "")
     agent, random = story.evaluation("agent"), story.evaluation("random")
     if agent is None:
@@ -505,7 +506,16 @@ def learning(story: Story) -> str:
             bounds=(0, 1),
         ),
         curve(story, "contrastive_loss", "Contrastive loss", "NT-Xent between two augmented views of one observation."),
+        curve(story, "inverse_error", "Inverse error", "Distance of the actions read off two observations to those taken."),
+        curve(story, "forward_error", "Forward error", "Distance of the predicted features of the next observation to what they are."),
+        curve(
+            story, "phi_loss", "Feature loss", "Minus the mean of phi(o')ᵀw: how little observations tell of the skill they were met under."
+        ),
+        curve(story, "skill_reward", "Skill reward", "Mean of phi(o')ᵀw, which pays for following the skill.", bounds=(0,)),
+        curve(story, "entropy_reward", "Entropy reward", "Mean particle-entropy reward, which pays for exploring."),
         curve(story, "q_loss", "Q loss", "Temporal-difference error of the critic, Huber.", bounds=(0,)),
+        curve(story, "critic_loss", "Critic loss", "Temporal-difference error of both critics, squared.", bounds=(0,)),
+        curve(story, "alpha", "Temperature", "Weight of the policy's entropy, as it was learned.", bounds=(0,)),
         curve(story, "q_target", "Q target", "Mean target of the critic: the discounted reward it expects."),
         curve(story, "episode_length", "Episode length", "Agent steps of the finished episodes.", bounds=(0,)),
     )
@@ -561,9 +571,7 @@ def scores(story: Story) -> str:
         chart.text(x[0], y, name, "name", anchor="end", dx=-14)
         chart.text(between[1] if between else at, y + 0.36, number(at), "name", dx=9)
         notes.append(f"{name}: mean {number(at)}" + (f" (95 % interval {number(between[0])} to {number(between[1])})" if between else ""))
-    caption = (
-        f"One dot per episode, above it the mean with a bootstrap interval over episodes. {'; '.join(notes)}. Unclipped score, full games."
-    )
+    caption = f"One dot per episode, above it the mean with a bootstrap interval over episodes. {'; '.join(notes)}. Unclipped score, whole episodes."
     if story.game in stats.ATARI_SCORES:
         random, human = stats.ATARI_SCORES[story.game]
         caption += (
@@ -632,13 +640,15 @@ def particles(story: Story) -> str:
     for v in range(12):  # the rarest on top
         if (level == v).any():
             chart.dots(*inside[level == v].T, f"v{v}", radius=2.3)
-    chart.rings(*inside[top].T, _names(len(top)))
+    if p.frames is not None:
+        chart.rings(*inside[top].T, _names(len(top)))
     shares = f"{share[0]:.0%} and {share[1]:.0%}".replace("%", NBSP + "%")
     left = figure(
         chart.svg(),
         f"{len(p.z):,} observations drawn uniformly from the replay, encoded into {p.z.shape[1]:,} numbers each by the checkpoint at step "
         f"{number(p.step)}, seen along the two directions of largest variance of all but the rarest twentieth ({shares} of it). Colour: "
-        "rank of the intrinsic reward, bright where high. Ringed: the frames beside."
+        "rank of the intrinsic reward, bright where high."
+        + (" Ringed: the frames beside." if p.frames is not None else "")
         + (f" {_count(outside, 'particle')} farther out drawn at the edge." if outside else ""),
     )
     shown = np.minimum(p.reward, np.quantile(p.reward, 1 - RARE / 2))
@@ -762,7 +772,9 @@ def film(path: Path, caption: str, limit: int) -> str:
 
 def play(story: Story) -> str:
     """The policy: seen, and measured beside it."""
-    where = where_it_was([story], {story.group: "s0"})
+    styles = {story.group: "s0"}
+    above = [compare.efficiency(groups, styles, "Coverage", "state entropy above random play's") for groups in entropies([story]).values()]
+    where = [*where_it_was([story], styles), *(figure(*one) for one in above if one)]
     measured = [part for part in (scores(story), coverage(story), *where, progress_of_evaluations(story)) if part]
     seen = video(story)
     return grid(seen, f'<div class="stack">{"".join(measured)}</div>') if seen and measured else grid(seen, *measured)
@@ -1030,7 +1042,24 @@ def learning_curves(stories: list[Story], styles: dict[str, str]) -> str:
                     over.setdefault(unit, {}).setdefault(story.group, {}).setdefault(story.game, []).append(normalised)
     drawn = [compare.efficiency_over_tasks(groups, styles, unit) for unit, groups in over.items()]
     drawn += [compare.efficiency(groups, styles, game.replace("_", " ")) for game, groups in tasks.items()]
+    drawn += [
+        compare.efficiency(groups, styles, f"Coverage · {game.replace('_', ' ')}", "state entropy above random play's")
+        for game, groups in entropies(stories).items()
+    ]
     return grid(*(figure(*one) for one in drawn if one))
+
+
+def entropies(stories: list[Story]) -> dict[str, dict[str, list[dict[int, float]]]]:
+    """{task: {group: [{training frames: how far the state entropy is above random play's, measured with it}]}}."""
+    tasks: dict[str, dict[str, list[dict[int, float]]]] = {}
+    for story in stories:
+        chance = {e.get("frames"): e["state_entropy"] for e in story.evaluations("random") if e.get("state_entropy") is not None}
+        chance.pop(None, None)
+        both = [e for e in story.evaluations("agent") if e.get("state_entropy") is not None and e.get("frames") in chance]
+        if both:
+            above = {e["frames"]: e["state_entropy"] - chance[e["frames"]] for e in both}
+            tasks.setdefault(story.game, {}).setdefault(story.group, []).append(above)
+    return tasks
 
 
 def beside_papers(stories: list[Story]) -> list[Table]:
