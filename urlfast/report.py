@@ -571,7 +571,7 @@ def scores(story: Story) -> str:
         chart.text(x[0], y, name, "name", anchor="end", dx=-14)
         chart.text(between[1] if between else at, y + 0.36, number(at), "name", dx=9)
         notes.append(f"{name}: mean {number(at)}" + (f" (95 % interval {number(between[0])} to {number(between[1])})" if between else ""))
-    caption = f"One dot per episode, above it the mean with a bootstrap interval over episodes. {'; '.join(notes)}. Unclipped score, whole episodes."
+    caption = f"One dot per episode, above it the mean with a bootstrap interval over episodes. {'; '.join(notes)}. Unclipped score."
     if story.game in stats.ATARI_SCORES:
         random, human = stats.ATARI_SCORES[story.game]
         caption += (
