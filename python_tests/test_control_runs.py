@@ -106,6 +106,13 @@ def test_a_method_that_cannot_take_an_environments_actions_says_which_can(tmp_pa
     assert not list(tmp_path.iterdir())
 
 
+def test_where_nothing_draws_only_the_video_is_missing(aps, monkeypatch, capsys):
+    monkeypatch.setenv("MUJOCO_GL", "disabled")
+    evaluate.evaluate(EvaluateConfig((str(aps.folder),), episodes=1, num_envs=1, seed=77))
+    assert "no video: no renderer: MUJOCO_GL=disabled forbids drawing" in capsys.readouterr().out
+    assert not list((aps.folder / "videos").iterdir()) and (aps.folder / "results.json").exists()
+
+
 @pytest.mark.parametrize("task, near", [("walker_wlak", "walker_walk"), ("hoper_hop", "hopper_hop")])
 def test_an_unknown_task_lists_the_nearest(task, near, tmp_path):
     with pytest.raises(UserError, match=near):

@@ -34,6 +34,7 @@ import tyro
 from urlfast import knn, stats, tables
 from urlfast.checkpoint import checkpoints, read_at, read_latest, step_of
 from urlfast.envs.dmc_tasks import domain_of, is_sparse
+from urlfast.envs.rendering import NoRenderer
 from urlfast.info import hardware
 from urlfast.run import Run, UsageError, UserError, command, read_json, versions, write_json
 from urlfast.train import DOMAINS, load, make_method, refusals
@@ -208,6 +209,17 @@ class Video:
             self._temporary.unlink(missing_ok=True)
 
 
+def draws(env, seed: int) -> bool:
+    """Whether these environments have pictures here; where they have none, that is said, and all but the videos is measured."""
+    env.reset(seed)
+    try:
+        env.render(0)
+    except NoRenderer as error:
+        print(f"no video: {error}", flush=True)
+        return False
+    return True
+
+
 def watch_skills(agent, env, video: Video, seed: int) -> None:
     """A grid of environments, each with a skill of its own: there and back along the axes of the skills, for eight seconds at most."""
     n, d = env.num_envs, agent.skills.dim
@@ -286,11 +298,12 @@ def measure(run: Run, options: EvaluateConfig, step: str) -> dict:
         print(f"{run.folder}, step {checkpoint.step:,}: {episodes} episodes of {game} by each policy", flush=True)
         random = np.random.default_rng(options.seed)
         policy = greedy(agent, options.epsilon, env.actions, random)
+        films = options.video and draws(env, options.seed)
         film = f"step-{checkpoint.step:09d}" + (f"-{re.sub(r'[^A-Za-z0-9.-]+', '_', game)}" if game != own else "")
-        with Video(run.folder / "videos" / f"{film}.mp4", env.fps) if options.video else nullcontext() as video:
+        with Video(run.folder / "videos" / f"{film}.mp4", env.fps) if films else nullcontext() as video:
             mine = play(env, policy, episodes, options.seed, place=place, watch=video and video.watch)
         theirs = play(env, uniform(env.actions, random), episodes, options.seed, place=place, frames=mine.frames)
-    if method == "aps" and options.video and not options.skill:
+    if method == "aps" and films and not options.skill:
         grid = min(2 * agent.skills.dim, 9)
         with (
             closing(DOMAINS[domain](config.env, num_envs=grid, evaluation=True, seed=options.seed)) as worlds,
