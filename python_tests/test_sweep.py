@@ -81,7 +81,7 @@ CHAIN = dict(
 
 
 def test_what_follows_a_row_waits_for_its_run_and_a_second_call_skips_all(journal, capsys):
-    assert sweep.sweep(SweepConfig(write(**CHAIN), jobs=3)) == 0
+    assert sweep.sweep(SweepConfig(write(**CHAIN), jobs=20)) == 0
     ran = [shlex.join(words[:-2]) for words in journal()]
     assert len(ran) == 4 + 2 * 4 + 4 + 2
     place = "sweeps/list"
@@ -267,8 +267,10 @@ def test_tasks_and_rows_choose_and_bring_what_they_follow():
 
 
 def test_a_dry_run_prints_and_does_nothing(journal, capsys):
-    assert sweep.sweep(SweepConfig(write(**CHAIN), dry_run=True, seeds=(1,))) == 0
+    arguments = [write(**CHAIN), "--dry-run", "--seeds", "1", "--train", "--batch-size 3", "--evaluate=--epsilon 1"]
+    assert sweep.run_sweep(arguments) == 0
     out = capsys.readouterr().out
+    assert "urlfast train apt dmc --steps 10 --batch-size 3 --env.task walker_stand --seed 1" in out and "--epsilon 0 --epsilon 1" in out
     assert "urlfast transfer '<pre, walker_stand, seed 1>' --rule whole --task walker_run --seed 1" in out
     assert not Path("sweeps").exists() and not journal()
 

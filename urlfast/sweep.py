@@ -626,7 +626,18 @@ def write_report(folder: Path) -> None:
 
 def run_sweep(argv: list[str]) -> int:
     description = f"Trains, fine-tunes and evaluates a list of rows on tasks with seeds. Ready ones: {', '.join(READY)}."
-    return sweep(tyro.cli(SweepConfig, args=argv, prog="urlfast sweep", description=description))
+    return sweep(tyro.cli(SweepConfig, args=joined(argv), prog="urlfast sweep", description=description))
+
+
+def joined(argv: list[str]) -> list[str]:
+    """`--train "--steps 5"` as `--train=--steps 5`: what begins with dashes would not be taken for a value."""
+    out: list[str] = []
+    for word in argv:
+        if out and out[-1] in ("--train", "--transfer", "--evaluate"):
+            out[-1] += f"={word}"
+        else:
+            out.append(word)
+    return out
 
 
 def main(argv: Sequence[str] | None = None) -> None:
