@@ -2,17 +2,20 @@
 
 States: its batch of 1024, one update for two agent steps. Pixels: 256, because of 1024 the peer's update takes above 10 s. In float32 and,
 where the processor has it, in bfloat16; the peer is float32 either way. A call of the loop is two agent steps and an update: ours steps two
-environments in other processes, the peer steps one in its own. The process keeps the memory it frees, as urlfast.train has it, which is to
-the peer's advantage too. Floor: the products of the update at the machine's peak.
+environments in other processes, the peer steps one in its own. Each contestant has a process to itself, because ours keeps the memory it
+frees, as urlfast.train has it: beside it the peer would find its hundreds of megabytes ready, for which its user waits at each update.
+Floor: the products of the update at the machine's peak.
 """
 
+import contextlib
+import multiprocessing
 from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import torch
 
-from bench.harness import Case, Work, optional
+from bench.harness import Case, Work, equal_threads, optional
 from bench.peers import URLBAPT, URLBReplay
 from urlfast.device import has_bf16, keep_freed_memory
 from urlfast.envs.dmc import DMCConfig, make_dmc
@@ -46,16 +49,15 @@ def flops(shape) -> float:
     return 2 * BATCH[shape] * (encoder + icm_trunk + icm + target + critic + actor + neighbours)
 
 
-def random_rows(shape):
+def inputs(shape) -> tuple[list]:
     """Rows of one stream: what they show does not matter to an update's time."""
     rng = np.random.default_rng(0)
     frame = (3, *shape[1:]) if len(shape) == 3 else shape
     draw = (lambda: rng.integers(0, 256, frame, np.uint8)) if len(shape) == 3 else (lambda: rng.standard_normal(frame, np.float32))
-    return [(draw(), rng.uniform(-1, 1, ACTIONS).astype(np.float32)) for _ in range(ROWS)]
+    return ([(draw(), rng.uniform(-1, 1, ACTIONS).astype(np.float32)) for _ in range(ROWS)],)
 
 
 def ours(precision, shape, num_envs):
-    keep_freed_memory()
     config = replace(CONFIG, precision=precision, batch_size=BATCH[shape], learning_start=0)
     method = APT(config, shape, (ACTIONS,), seed=0, frame_stack=3 if shape == PIXELS else 1)
     return method, method.make_replay(num_envs, 100_000)
@@ -70,6 +72,7 @@ def peer(shape):
 
 
 def update(precision, shape, rows):
+    keep_freed_memory()
     method, replay = ours(precision, shape, 1)
     for i, (observation, action) in enumerate(rows):
         row = {"observation": observation[None], "action": action[None], "reward": np.zeros(1, np.float32)}
@@ -88,6 +91,7 @@ def urlb_update(shape, rows):
 
 
 def loop(precision, threads):
+    keep_freed_memory()
     env = make_dmc(DMCConfig(task=TASK, num_envs=2, workers=threads))
     method, replay = ours(precision, STATES, env.num_envs)
     step = env.reset()
@@ -150,10 +154,36 @@ def urlb_loop():
     return call
 
 
+def apart(make, threads):
+    """The contestant in a process of its own, which ends when nobody holds the call any more."""
+
+    def made(*inputs):
+        spawn = multiprocessing.get_context("spawn")
+        here, there = spawn.Pipe()
+        spawn.Process(target=serve, args=(there, make, threads, inputs), daemon=True).start()
+        there.close()
+
+        def call():
+            here.send(None)
+            return here.recv()
+
+        return call
+
+    return made
+
+
+def serve(pipe, make, threads, inputs):
+    with equal_threads(threads), contextlib.suppress(EOFError):
+        call = make(*inputs)
+        while True:
+            pipe.recv()
+            pipe.send({name: float(value) for name, value in call().items() if value.numel() == 1})
+
+
 def check(results):
     """Other samples and noise, so that only sizes can agree; python_tests/test_peers.py compares the values themselves."""
     for name in ("forward_error", "inverse_error"):
-        found = {who: float(metrics[name]) for who, metrics in results.items()}
+        found = {who: metrics[name] for who, metrics in results.items()}
         assert np.isfinite(list(found.values())).all() and max(found.values()) < 1.3 * min(found.values()), f"{name}: {found}"
 
 
@@ -162,31 +192,27 @@ def cases(threads):
     for precision, states, pixels in [("fp32", 4.0, None), ("bf16", 8.0, 3.0)]:
         if precision == "bf16" and not has_bf16(torch.device("cpu")):
             continue
+        case = partial(Case, "apt_dmc", threads=threads, check=check, processes=True)
         for name, shape, target in [("states", STATES, states), ("pixels", PIXELS, pixels)]:
+            contestants = {"urlfast": partial(update, precision, shape), "URLB": partial(urlb_update, shape)}
             found.append(
-                Case(
-                    "apt_dmc",
-                    f"{name}, update of {BATCH[shape]}, {precision}",
-                    threads,
-                    inputs=lambda shape=shape: (random_rows(shape),),
-                    contestants={"urlfast": partial(update, precision, shape), "URLB": partial(urlb_update, shape)},
-                    check=check,
+                case(
+                    shape=f"{name}, update of {BATCH[shape]}, {precision}",
+                    inputs=partial(inputs, shape),
+                    contestants={who: apart(make, threads) for who, make in contestants.items()},
                     floor=Work(**{precision: flops(shape)}),
                     targets={"URLB": target} if target else {},
                 )
             )
         if optional("dm_control"):
+            contestants = {"urlfast": partial(loop, precision, threads), "URLB": urlb_loop}
             found.append(
-                Case(
-                    "apt_dmc",
-                    f"states, loop of 2 steps, {precision}",
-                    threads,
+                case(
+                    shape=f"states, loop of 2 steps, {precision}",
                     inputs=tuple,
-                    contestants={"urlfast": partial(loop, precision, threads), "URLB": urlb_loop},
-                    check=check,
+                    contestants={who: apart(make, threads) for who, make in contestants.items()},
                     floor=Work(**{precision: flops(STATES)}),
                     targets={"URLB": states},
-                    processes=True,
                 )
             )
     return found
