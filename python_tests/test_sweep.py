@@ -29,7 +29,8 @@ def option(name):
     return words[words.index(name) + 1] if name in words else None
 with open(os.environ["JOURNAL"], "a") as file:
     file.write(json.dumps([kind, *words, os.getpid(), os.environ.get("OMP_NUM_THREADS")]) + "\\n")
-ends = os.environ.get("ENDS", "")
+if "--slow" in words:
+    time.sleep(1)
 resumed = "--resume" in words
 if kind != "evaluate" and not resumed:
     run = pathlib.Path(option("--runs")) / f"{kind}-run"
@@ -72,7 +73,7 @@ def write(**found) -> str:
 CHAIN = dict(
     seeds=[1, 2],
     rows=[
-        {"name": "pre", "train": "apt dmc --steps 10", "tasks": ["walker_stand", "hopper_hop"], "evaluate": None},
+        {"name": "pre", "train": "apt dmc --slow", "tasks": ["walker_stand", "hopper_hop"], "evaluate": None},
         {"name": "tuned", "transfer": "--rule whole", "after": "pre", "tasks": ["walker_run", "hopper_hop"], "evaluate": "--episodes 2"},
         {"name": "zero", "evaluate": "--epsilon 0", "after": "pre"},
         {"name": "other", "evaluate": [], "after": "pre", "tasks": ["walker_walk"]},
@@ -87,7 +88,7 @@ def test_what_follows_a_row_waits_for_its_run_and_a_second_call_skips_all(journa
     place = "sweeps/list"
     for task, robot in (("walker_run", "walker_stand"), ("hopper_hop", "hopper_hop")):
         for seed in (1, 2):
-            first = ran.index(f"train apt dmc --steps 10 --env.task {robot} --seed {seed} --runs {place}/pre/{robot}-s{seed}")
+            first = ran.index(f"train apt dmc --slow --env.task {robot} --seed {seed} --runs {place}/pre/{robot}-s{seed}")
             run, runs = f"{place}/pre/{robot}-s{seed}/train-run", f"{place}/tuned/{task}-s{seed}"
             second = ran.index(f"transfer {run} --rule whole --task {task} --seed {seed} --runs {runs}")
             third = ran.index(f"evaluate {runs}/transfer-run --episodes 2")
@@ -270,7 +271,7 @@ def test_a_dry_run_prints_and_does_nothing(journal, capsys):
     arguments = [write(**CHAIN), "--dry-run", "--seeds", "1", "--train", "--batch-size 3", "--evaluate=--epsilon 1"]
     assert sweep.run_sweep(arguments) == 0
     out = capsys.readouterr().out
-    assert "urlfast train apt dmc --steps 10 --batch-size 3 --env.task walker_stand --seed 1" in out and "--epsilon 0 --epsilon 1" in out
+    assert "urlfast train apt dmc --slow --batch-size 3 --env.task walker_stand --seed 1" in out and "--epsilon 0 --epsilon 1" in out
     assert "urlfast transfer '<pre, walker_stand, seed 1>' --rule whole --task walker_run --seed 1" in out
     assert not Path("sweeps").exists() and not journal()
 
