@@ -116,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         (rows,) = bench_apt.transitions()
         for preset, precision in [("mini_apt", "fp32"), ("mini_apt", "bf16"), ("paper", "fp32"), ("paper", "bf16")]:
             bench_apt.CONFIG = presets[preset]
-            columns[f"{preset}, {precision}"] = profiled(bench_apt.loop(precision, rows), clocks, options.calls)
+            columns[f"{preset}, {precision}"] = profiled(bench_apt.loop(precision, 1, rows), clocks, options.calls)
     groups = sorted([*OPERATORS, *REGIONS], key=lambda group: -columns["mini_apt, bf16"][group])
     about = machine()
     where = f"{about['processor']}, {about['isa']}, {about['cores']} cores, load {about['load']:.1f}"
