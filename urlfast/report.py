@@ -52,6 +52,7 @@ RARE = 0.05  # fraction of the particles that counts as the rarest
 EXTREMES = 8  # frames shown at each end of the reward
 NBSP = "\u00a0"
 WHOLE = 12  # runs of which a page shows all; of more, it compares them
+FEW = 4  # tasks, up to which more is drawn of each than its score
 FILMS = 4  # videos beside each other
 FILM = re.compile(r"step-([0-9]{9,18})\.mp4")
 VIDEO_LIMIT = 48_000_000  # bytes; base64 adds a third
@@ -438,7 +439,7 @@ def tiles(story: Story) -> str:
         )
         if agent.get("success") is not None:
             out.append(tile("Episodes with reward", percent(agent["success"], 0), "share of the evaluation's, on a sparse task"))
-        if agent.get("state_entropy") is not None and random and random.get("state_entropy") is not None:
+        if has_entropy(agent, random):
             note = f"random play {number(random['state_entropy'])}; mean log distance of a physical state to its 12 nearest"
             out.append(tile("State entropy", number(agent["state_entropy"]), note))
         covered = coverage_at_equal_frames(agent, random)
@@ -456,9 +457,15 @@ def tiles(story: Story) -> str:
     return f'<div class="tiles">{"".join(out)}</div>' if out else ""
 
 
+RELATIVE = {"human-normalised": "human", "of URLB's expert": "expert"}
+
+
 def relative(story: Story, score: float) -> list[tuple[str, float]]:
-    said = (("human-normalised", story.normalised("human", score)), ("of URLB's expert", story.normalised("expert", score)))
-    return [(says, value) for says, value in said if value is not None]
+    return [(says, value) for says, unit in RELATIVE.items() if (value := story.normalised(unit, score)) is not None]
+
+
+def has_entropy(*evaluations: dict | None) -> bool:
+    return all(evaluation and evaluation.get("state_entropy") is not None for evaluation in evaluations)
 
 
 def curve(story: Story, name: str, heading: str, caption: str, bounds=(), levels=()) -> str:
@@ -1096,6 +1103,11 @@ def name_groups(stories: list[Story]) -> None:
             story.group = ", ".join([kind, *(f"{name.removeprefix('method.')} {o.get(name)}" for name in differing)])
 
 
+def worlds(stories: list[Story]) -> str:
+    """What a task is called here."""
+    return "game" if all(story.config.get("domain") == "atari" for story in stories) else "task"
+
+
 def several(stories: list[Story]) -> tuple[str, list[Table]]:
     """The page's body, and the tables in it."""
     name_groups(stories)
@@ -1106,7 +1118,7 @@ def several(stories: list[Story]) -> tuple[str, list[Table]]:
     heading = (
         f"{len(stories)} runs on {next(iter(games)).replace('_', ' ').title()}"
         if len(games) == 1
-        else f"{len(stories)} runs on {len(games)} games"
+        else f"{len(stories)} runs on {len(games)} {worlds(stories)}s"
     )
     legend = "".join(
         f'<li class="{styles[g]}"><span>{escape(g)}, {_count(sum(s.group == g for s in stories), "run")}</span></li>' for g in groups
@@ -1115,6 +1127,7 @@ def several(stories: list[Story]) -> tuple[str, list[Table]]:
     for i, story in enumerate(stories):
         agent, random = story.evaluation("agent"), story.evaluation("random")
         covered = coverage_at_equal_frames(agent, random) if agent else None
+        shares = dict(relative(story, np.mean(agent["returns"]))) if agent else {}
         rows.append(
             (
                 ("html", f'<a href="#run-{i + 1}">{escape(story.folder.name)}</a>') if whole else story.folder.name,
@@ -1124,8 +1137,9 @@ def several(stories: list[Story]) -> tuple[str, list[Table]]:
                 number(story.last("step")),
                 number(np.mean(agent["returns"])) if agent else "not evaluated",
                 number(np.mean(random["returns"])) if random else "",
-                percent(story.hns) if story.hns is not None else "",
-                f"{covered[0] / covered[1]:.2f}×" if covered and covered[1] else "",
+                *(percent(shares[says]) if says in shares else None for says in RELATIVE),
+                f"{covered[0] / covered[1]:.2f}×" if covered and covered[1] else None,
+                f"{number(agent['state_entropy'])}, random {number(random['state_entropy'])}" if has_entropy(agent, random) else None,
             )
         )
     means = [f"{group} {at}" for _, group, at, _ in game_scores(stories)]
@@ -1133,18 +1147,24 @@ def several(stories: list[Story]) -> tuple[str, list[Table]]:
         text = f"Interquartile mean of the evaluation scores: {', '.join(means)}."
     else:
         text = f"{', '.join(groups)}, side by side."
-    head = ("run", "method", "game", "seed", "steps", "score", "random", "human-normalised", "coverage, against random")
+    head = ("run", "method", worlds(stories), "seed", "steps", "score", "random", *RELATIVE, "coverage, against random", "state entropy")
+    kept = [i for i in range(len(head)) if any(row[i] is not None for row in rows)]
+    head, rows = [head[i] for i in kept], [["" if row[i] is None else row[i] for i in kept] for row in rows]
     panels = []
     for game, runs in games.items():
         name = f" · {game}" if len(games) > 1 else ""
-        panels += [
+        panels.append(
             overlay(
                 runs,
                 styles,
                 "score",
                 f"Score of finished episodes{name}",
                 "While training, explored, unclipped; running mean over a twentieth of the run.",
-            ),
+            )
+        )
+        if len(games) > FEW:
+            continue
+        panels += [
             overlay(
                 runs,
                 styles,
