@@ -344,5 +344,5 @@ def test_the_toy_world_killed_resumed_evaluated_and_reported(tmp_path, monkeypat
     (run,) = runs_of(folder)
     assert [e["step"] for e in read_json(run / "results.json")["evaluations"]] == [120, 120]
     assert "report.html" in capsys.readouterr().out and (folder / "report.html").exists()
-    words = [story.row for story in report.read_all(folder)]
+    words = [story.row for story in report.read_all([folder])]
     assert words == ["Toy, as it is"]
