@@ -452,7 +452,7 @@ def test_extremes_are_of_the_ends_and_unlike():
     assert report.extremes(make_particles(count=100, images=False))[0] == np.argsort(-make_particles(count=100).reward)[:8].tolist()
 
 
-def test_particles_of_a_checkpoint_are_those_of_the_method(tmp_path):
+def test_particles_of_a_checkpoint_are_those_of_the_method(tmp_path, monkeypatch):
     from dataclasses import asdict, replace
 
     import torch
@@ -491,6 +491,15 @@ def test_particles_of_a_checkpoint_are_those_of_the_method(tmp_path):
     for image, want in zip(batch.next_observation[:, -1], z.float().numpy(), strict=True):
         if image.tobytes() in found:
             np.testing.assert_allclose(found[image.tobytes()], want, atol=0.02)  # bf16 where the processor has it
+
+    class Diverged(type(method)):
+        def intrinsic_reward(self, observation):
+            reward, z = super().intrinsic_reward(observation)
+            return reward, z * float("nan")
+
+    monkeypatch.setitem(train.METHODS, "apt", Diverged)
+    with pytest.raises(UserError, match="the network of step 400 gives NaN or infinity"):
+        report.load_particles(run)
 
 
 def test_principal_directions_are_those_of_the_svd():

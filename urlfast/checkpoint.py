@@ -22,6 +22,7 @@ import pickletools
 import re
 import shutil
 import struct
+import warnings
 import zipfile
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -68,7 +69,8 @@ class Checkpoint:
     def fitting(self, file: str = "state.pt"):
         """Loading what this checkpoint holds: what does not fit the run's config is one line, not a traceback."""
         try:
-            yield
+            with warnings.catch_warnings(action="ignore"):  # torch's, of what it then refuses
+                yield
         except (*MISFITS, OSError) as error:
             says = error if isinstance(error, (ValueError, RuntimeError, MemoryError, OSError)) else repr(error)
             raise UserError(f"{self.folder / file} does not fit this run: {one_line(says, 300)}") from error

@@ -278,6 +278,8 @@ def load_particles(run: Run, count: int = PARTICLES) -> Particles | None:
     observation = np.stack(list(drawn.values()))
     with torch.no_grad(), refusals():  # a network that has diverged
         reward, z = method.intrinsic_reward(torch.from_numpy(observation).to(method.device))
+        if not (reward.isfinite().all() and z.isfinite().all()):
+            raise ValueError(f"the network of step {checkpoint.step:,} gives NaN or infinity")
     frames = None
     if observation.ndim == 4 and channels in (1, 3):
         frames = observation[:, -1] if channels == 1 else observation[:, -3:].transpose(0, 2, 3, 1)
