@@ -310,7 +310,9 @@ class Search {
 
     const auto bytes = [&](Scratch& values, Scratch& squares, Scratch& errors, int64_t count) {
       count = round_up(count, 32);
-      return KnnBytes{values.get<uint8_t>(count * row_bytes), squares.get<int32_t>(count), errors.get<float>(count)};
+      float* facts = errors.get<float>(3 * count);
+      return KnnBytes{values.get<uint8_t>(count * row_bytes), squares.get<int32_t>(count), facts, facts + count,
+                      facts + 2 * count};
     };
     const KnnBytes query = bytes(w.query_bytes, w.query_squares, w.query_errors, rows);
     const KnnBytes key = bytes(w.key_bytes, w.key_squares, w.key_errors, block_keys);
@@ -329,8 +331,9 @@ class Search {
       note(std::accumulate(key.errors, key.errors + columns, T(0)));
       for (int64_t r = 0; r < rows; r += kRows) {
         const int64_t some = std::min(kRows, rows - r);
-        pass.bounds({query.values + r * row_bytes, query.squares + r, query.errors + r}, some, key, columns, p.dim,
-                    step, block, stride);
+        pass.bounds(
+            {query.values + r * row_bytes, query.squares + r, query.errors + r, query.norms + r, query.gains + r}, some,
+            key, columns, p.dim, step, block, stride);
         exclude(block, stride, first + r, some, m, columns);
         if (m == 0) {  // the keys of lowest bounds give the first limits, and are then offered like all others
           kernel.offer(block, stride, some, columns, m, c, r);
@@ -382,8 +385,9 @@ class Search {
       square += squares - sum * sum / (2 * kSample);
     }
     const double deviation = std::sqrt(std::max(0., square / double(2 * kSample * p.dim)));
+    float* facts = w.key_errors.get<float>(3 * 2 * kSample);
     KnnBytes bytes{w.key_bytes.get<uint8_t>(2 * kSample * round_up(p.dim, kKnnBytesDim)),
-                   w.key_squares.get<int32_t>(2 * kSample), w.key_errors.get<float>(2 * kSample)};
+                   w.key_squares.get<int32_t>(2 * kSample), facts, facts + 2 * kSample, facts + 4 * kSample};
     float step = 0, least = std::numeric_limits<float>::infinity();
     for (double reach = 3; reach < 64; reach *= 1.15) {  // the largest value that bytes hold, in deviations
       const float tried = float(reach * deviation / 127);

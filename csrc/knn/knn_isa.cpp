@@ -465,6 +465,13 @@ void row_distances(KnnRows<T> queries, int64_t rows, KnnRows<T> keys, int64_t co
 // within (16384 / 16 + 6) u < 2^-13, and what underflows is less than 2^-67 in all. Values are at most 2^50 wherever
 // this is used (knn_cpu.cpp). The root, with its conversion and products, is within 2^-13 of |q' - k'|, so that a * (1
 // - 2^-12) - e(q) - e(k) is below the distance, also when rounded.
+//
+// That takes all of both errors to lie along q - k. Of many features a second bound is closer: with q and k from the
+// centre, n(x) = |x'| and g(x) = |x|^2 - n(x)^2,
+//   |q - k|^2 = |q' - k'|^2 + g(q) + g(k) - 2 (q . k - q' . k')  and  q . k - q' . k' <= n(q) e(k) + e(q) (n(k) +
+//   e(k)).
+// g is taken 2^-12 |x|^2 + 2^-20 n(x)^2 lower, the square 2^-18 of it, the product 2^-16 of it larger: each more than
+// what rounding can do to them, or to their sum. What is infinite on the way becomes NaN or negative, and says nothing.
 
 #if defined(__AVX512VNNI__)
 inline Vector<float> root(Vector<float> x) { return (Vector<float>)_mm512_sqrt_ps((__m512)x); }
@@ -477,7 +484,7 @@ void quantise(const float* rows, int64_t count, int64_t dim, const float* centre
   const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   const __m512i offset = _mm512_set1_epi8(queries ? 0 : -128);  // keys are unsigned in the product below
   for (int64_t first = 0; first < count; first += G) {
-    Floats missed[G] = {}, square[G] = {}, sum[G] = {};
+    Floats missed[G] = {}, square[G] = {}, sum[G] = {}, whole[G] = {};
     for (int64_t d = 0; d < dim; d += kKnnBytesDim, out.values += G * kKnnBytesDim) {
       Floats bytes[G];
       for (int i = 0; i < G; ++i) {
@@ -492,7 +499,7 @@ void quantise(const float* rows, int64_t count, int64_t dim, const float* centre
           Floats b = (Floats)_mm512_roundscale_ps((__m512)(x * inverse), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
           b = (Floats)_mm512_max_ps(_mm512_min_ps((__m512)b, (__m512)most), (__m512)-most);
           const Floats miss = (Floats)_mm512_fnmadd_ps((__m512)b, _mm512_set1_ps(step), (__m512)x);
-          missed[i] += miss * miss, square[i] += b * b;
+          missed[i] += miss * miss, square[i] += b * b, whole[i] += x * x;
           if (queries) sum[i] += b;
           part[v] = _mm512_cvtps_epi32((__m512)b);
         }
@@ -510,15 +517,17 @@ void quantise(const float* rows, int64_t count, int64_t dim, const float* centre
       out.squares[first + i] = queries ? squares + 256 * total : squares;
       lengths[i] = float(squares);
     }
-    const Floats miss = root(sum_each<float>(missed)), length = root(load(lengths)) * step + miss;
-    store(out.errors + first, miss * (1 + 0x1p-10f) + length * 0x1p-20f + 0x1p-60f);
+    const Floats miss = root(sum_each<float>(missed)), norm = root(load(lengths)) * step;
+    store(out.errors + first, miss * (1 + 0x1p-10f) + (norm + miss) * 0x1p-20f + 0x1p-60f);
+    store(out.norms + first, norm);
+    store(out.gains + first, sum_each<float>(whole) * (1 - 0x1p-12f) - norm * norm * (1 + 0x1p-20f));
   }
 }
 
 // 8 queries x 32 keys. The product takes keys as b + 128: the queries' squares make up for that.
-void bound_tile(const uint8_t* queries, const int32_t* query_squares, const float* query_errors, const uint8_t* keys,
-                int64_t keys_stride, const int32_t* key_squares, const float* key_errors, int64_t depth, float step,
-                float* out, int64_t stride) {
+template <bool Both>
+void bound_tile(KnnBytes queries, KnnBytes keys, int64_t keys_stride, int64_t depth, float step, float* out,
+                int64_t stride) {
   constexpr int R = 8, N = 2, G = kKnnBytesGroup;
   __m512i sum[R][N];
 #pragma GCC unroll 8
@@ -528,40 +537,55 @@ void bound_tile(const uint8_t* queries, const int32_t* query_squares, const floa
   for (int64_t d = 0; d < depth; ++d) {
     __m512i key[N];
 #pragma GCC unroll 2
-    for (int n = 0; n < N; ++n) key[n] = _mm512_loadu_si512(keys + n * keys_stride + d * 4 * G);
+    for (int n = 0; n < N; ++n) key[n] = _mm512_loadu_si512(keys.values + n * keys_stride + d * 4 * G);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       int32_t query;
-      __builtin_memcpy(&query, queries + d * 4 * G + r * 4, 4);
+      __builtin_memcpy(&query, queries.values + d * 4 * G + r * 4, 4);
 #pragma GCC unroll 2
       for (int n = 0; n < N; ++n) sum[r][n] = _mm512_dpbusd_epi32(sum[r][n], key[n], _mm512_set1_epi32(query));
     }
   }
   const __m512 factor = _mm512_set1_ps(step * (1 - 0x1p-12f)), one = _mm512_set1_ps(1), zero = _mm512_setzero_ps();
+  const __m512 squared = _mm512_set1_ps(step * step * (1 - 0x1p-18f));
+  constexpr float kMore = 1 + 0x1p-16f;
 #pragma GCC unroll 2
   for (int n = 0; n < N; ++n) {
-    const __m512i squares = _mm512_loadu_si512(key_squares + n * G);
-    const __m512 errors = _mm512_loadu_ps(key_errors + n * G);
+    const __m512i squares = _mm512_loadu_si512(keys.squares + n * G);
+    const __m512 errors = _mm512_loadu_ps(keys.errors + n * G), gains = _mm512_loadu_ps(keys.gains + n * G);
+    const __m512 reach = _mm512_add_ps(_mm512_loadu_ps(keys.norms + n * G), errors);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      const __m512i both = _mm512_add_epi32(squares, _mm512_set1_epi32(query_squares[r]));
+      const __m512i both = _mm512_add_epi32(squares, _mm512_set1_epi32(queries.squares[r]));
       const __m512 square = _mm512_cvtepi32_ps(_mm512_sub_epi32(both, _mm512_slli_epi32(sum[r][n], 1)));
       const __m512 root = _mm512_mul_ps(square, _mm512_rsqrt14_ps(_mm512_max_ps(square, one)));
-      const __m512 error = _mm512_add_ps(errors, _mm512_set1_ps(query_errors[r]));
-      _mm512_storeu_ps(out + r * stride + n * G, _mm512_max_ps(_mm512_fmsub_ps(root, factor, error), zero));
+      const __m512 error = _mm512_add_ps(errors, _mm512_set1_ps(queries.errors[r]));
+      __m512 bound = _mm512_max_ps(_mm512_fmsub_ps(root, factor, error), zero);
+      if constexpr (Both) {
+        const __m512 product = _mm512_fmadd_ps(errors, _mm512_set1_ps(2 * kMore * queries.norms[r]),
+                                               _mm512_mul_ps(reach, _mm512_set1_ps(2 * kMore * queries.errors[r])));
+        const __m512 gain = _mm512_add_ps(gains, _mm512_set1_ps(queries.gains[r]));
+        const __m512 closer = _mm512_sub_ps(_mm512_fmadd_ps(square, squared, gain), product);
+        const __m512 inverse = _mm512_rsqrt14_ps(_mm512_max_ps(closer, _mm512_set1_ps(0x1p-100f)));
+        // the larger; the second where the first is NaN
+        bound = _mm512_max_ps(_mm512_mul_ps(_mm512_mul_ps(closer, inverse), _mm512_set1_ps(1 - 0x1p-12f)), bound);
+      }
+      _mm512_storeu_ps(out + r * stride + n * G, bound);
     }
   }
 }
 
 void bounds(KnnBytes queries, int64_t rows, KnnBytes keys, int64_t columns, int64_t dim, float step, float* out,
             int64_t stride) {
-  constexpr int64_t G = kKnnBytesGroup;
+  constexpr int64_t G = kKnnBytesGroup, kManyFeatures = 256;  // fewer cost less than a second bound
   const int64_t group = (dim + kKnnBytesDim - 1) / kKnnBytesDim * kKnnBytesDim * G, depth = (dim + 3) / 4;
+  const auto from = [group](KnnBytes b, int64_t i) {
+    return KnnBytes{b.values + i / G * group + i % G * 4, b.squares + i, b.errors + i, b.norms + i, b.gains + i};
+  };
   for (int64_t j = 0; j < columns; j += 2 * G)
     for (int64_t i = 0; i < rows; i += 8)
-      bound_tile(queries.values + i / G * group + i % G * 4, queries.squares + i, queries.errors + i,
-                 keys.values + j / G * group, group, keys.squares + j, keys.errors + j, depth, step,
-                 out + i * stride + j, stride);
+      (dim < kManyFeatures ? bound_tile<false> : bound_tile<true>)(from(queries, i), from(keys, j), group, depth, step,
+                                                                   out + i * stride + j, stride);
 }
 
 constexpr KnnFirstPass kBytes = {quantise, bounds};

@@ -42,6 +42,8 @@ struct KnnBytes {
   uint8_t* values;   // groups of 16 rows, each: four features of every row, the next four of every row, ...
   int32_t* squares;  // of each row, what its squared distances begin with
   float* errors;     // [rows], the distance between a row and what its bytes stand for, at most
+  float* norms;      // [rows], the distance between the centre and what the bytes stand for
+  float* gains;      // [rows], by how much the row's own squared distance from the centre exceeds that one's, at least
 };
 constexpr int64_t kKnnBytesGroup = 16, kKnnBytesDim = 64;  // rows and features are rounded up to these
 constexpr int64_t kKnnBytesMaxDim = 16384;                 // sums of products stay whole numbers in every lane
