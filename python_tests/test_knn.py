@@ -228,6 +228,121 @@ def test_a_first_pass_changes_no_bit(kind):
         np.testing.assert_array_equal(distance[:20], few[0][:, 1:])
 
 
+def bytes_of(sample):
+    """Centre and step with which the CPU's first pass (csrc/knn/knn_isa.cpp) turns rows into bytes, from the rows it samples."""
+    centre = sample.mean(0).astype(np.float32).astype(np.float64)
+    deviation = np.sqrt(((sample - sample.mean(0)) ** 2).mean())
+    step, least, reach = None, np.inf, 3.0
+    while reach < 64:
+        tried = float(np.float32(reach * deviation / 127))
+        whole = np.clip(np.rint((sample - centre) / tried), -127, 127)
+        lost = np.linalg.norm(sample - centre - tried * whole, axis=1).sum()
+        if not lost < least:
+            break
+        step, least, reach = tried, lost, reach * 1.15
+    return centre, step
+
+
+def attained_bounds(d, dtype, own, k):
+    """Queries, keys (None for `own`), which 8 queries are attacked, and which key is the nearest of each.
+
+    What matters lies on a line, t * sign: rounding then moves all features of a row by as much, and a bound of the distance
+    of two rows is attained where these moves have the signs that it fears. A site is a query; its nearest key, which a bound
+    takes to be no nearer than it is; and k equal decoys, a little farther, which bounds take to be near. They come first, so
+    that they set the limit which the nearest is held against. Nothing else is near a site.
+    """
+    rng, n = np.random.default_rng(d), 560
+    rows = -(-min(256, 2**20 // (4 * d)) // 12) * 12 if own else 48  # of queries, that the first pass takes at a time
+    sign = rng.choice([-1.0, 1.0], d)
+    keys = np.repeat(rng.choice([-1.0, 1.0], (n // 8, d)), 8, 0) + rng.normal(0, 0.05, (n, d))  # groups of 8, off the line
+    queries = keys if own else np.zeros((rows, d))
+    sample_keys, sample_queries = np.arange(16) * n // 16, np.arange(16) * rows // 16
+    for x, taken in ((keys, sample_keys), (queries, sample_queries)):
+        x[taken] = (rng.uniform(1, 1.2, 16) * (-1.0) ** np.arange(16))[:, None] * sign
+    free_keys = sorted({*range(n)} - {*sample_keys} - ({*sample_queries} if own else set()))
+    free_queries = free_keys if own else sorted({*range(rows)} - {*sample_queries})
+
+    def rounded(x):
+        return on("cpu", np.asarray(x, np.float32), dtype)[1]
+
+    centre, step = bytes_of(rounded(np.concatenate([queries[sample_queries], keys[sample_keys]])))
+    middle = centre[0] * sign[0]
+    np.testing.assert_array_equal(centre, middle * sign)
+
+    def in_steps(t):
+        """The whole number that a byte holds, and the rest."""
+        whole = np.clip(np.rint((t - middle) / step), -127, 127)
+        return whole, (t - middle) / step - whole
+
+    def value(at):
+        return rounded([middle + at * step])[0]
+
+    def off(at, side):
+        """Of the values that a byte takes for `at`, the one farthest above or below (side 1, -1), up to 0.49."""
+        t = rounded(middle + (at + np.linspace(-0.49, 0.49, 491)) * step)
+        whole, rest = in_steps(t)
+        return t[np.argmax(np.where((whole == at) & (abs(rest) <= 0.49), side * rest, -1))]
+
+    targets, nearest = [], []
+    for kind, at in [
+        (kind, side * at) for kind, at in (("first", 4), ("second", 12), ("second", 20), ("cut off", 135)) for side in (1, -1)
+    ]:
+        out = 1 if at > 0 else -1
+        if kind == "first":  # both errors along the difference: the triangle inequality is attained
+            query, key = off(at, out), off(at + 2 * out, -out)
+            decoys = rounded([query + f * (query - key) for f in (0.85, 1.5)])
+        elif kind == "second":  # all errors along the rows: the inequality of their products is attained; the decoys' go against them
+            query, key = off(at, out), off(at + 2 * out, out)
+            decoys = off(at + 2 * out, -out), off(at + 4 * out, -out)
+        else:  # the same beyond what a byte holds
+            query, key = value(at), value(at + 8 * out)
+            decoys = value(at - 6 * out), value(at + 10 * out)
+        # some features have one value and some the other, so that the decoys lie at just over the nearest's distance
+        close_by, far = (t - query for t in decoys)
+        some = int(np.ceil(d * ((key - query) ** 2 * (1 + 2**-9) - close_by**2) / (far**2 - close_by**2)))
+        assert 0 < some <= d
+        decoy = np.where(rng.permutation(d) < some, decoys[1], decoys[0])
+
+        # With less than this share of its error a bound would exceed the decoys' distance, and the nearest be lost.
+        (q, q_rest), (y, y_rest) = in_steps(query), in_steps(key)
+        square = ((decoy - query) ** 2).mean() / step**2
+        if kind == "first":
+            share = (abs(q - y) - np.sqrt(square)) / (abs(q_rest) + abs(y_rest))
+        else:
+            gains = (q + q_rest) ** 2 - q**2 + (y + y_rest) ** 2 - y**2
+            share = ((q - y) ** 2 + gains - square) / (2 * (abs(q * y_rest) + abs(q_rest) * (abs(y) + abs(y_rest))))
+        assert 0.98 < share < 1
+
+        keys[free_keys[:k]] = decoy * sign
+        del free_keys[:k]
+        nearest.append(free_keys.pop())
+        keys[nearest[-1]] = key * sign
+        targets.append(query)
+    places = [free_queries.pop(0) for _ in targets]
+    queries[places] = np.array(targets)[:, None] * sign
+    if not own:
+        queries[free_queries] = queries[np.resize(places, len(free_queries))]
+    return queries, None if own else keys, places, nearest
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("d", [64, 200, 300, 1024, 4096])
+@pytest.mark.parametrize("own, include_self", [(False, True), (True, True), (True, False)])
+def test_near_ties_that_attain_the_bounds(dtype, d, own, include_self):
+    """The first pass would lose the nearest neighbour if either bound took less than 98 % of its error into account."""
+    urlfast.set_num_threads(1)
+    k = 4
+    x, y, attacked, nearest = attained_bounds(d, dtype, own, k)
+    x, queries = on("cpu", x.astype(np.float32), dtype)
+    y, keys = (None, queries) if own else on("cpu", y.astype(np.float32), dtype)
+    distance, index = (to_numpy(a)[attacked] for a in urlfast.knn(x, y, k, include_self=include_self))
+    itself = int(own and not include_self)  # comes first where it is not left out
+    want_distance, want = (a[:, itself:] for a in reference.knn(queries[attacked], keys, k + itself))
+    np.testing.assert_array_equal(want[:, int(own and include_self)], nearest)
+    np.testing.assert_array_equal(index, want)
+    close(distance, want_distance, dtype)
+
+
 def test_more_neighbours_than_a_block_of_keys_has():
     """A first pass sets its limits from its first block, 64 keys of 3136 features: k of them, or k besides the row itself."""
     rng = np.random.default_rng(0)
