@@ -17,8 +17,8 @@ import toy_run
 import tyro
 
 from urlfast import report, sweep, train
-from urlfast.run import UsageError, UserError, read_json
-from urlfast.sweep import READY, SweepConfig, jobs_of, runs_of
+from urlfast.run import UsageError, UserError, read_json, runs_of
+from urlfast.sweep import READY, SweepConfig, jobs_of
 from urlfast.transfer import TransferConfig
 
 # Stands in for train, transfer and evaluate: writes what it was asked for, makes a run that has saved something, and ends as told.

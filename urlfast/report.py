@@ -29,8 +29,7 @@ import tyro
 from urlfast import __version__, compare, papers, stats
 from urlfast.envs.dmc_tasks import domain_of
 from urlfast.figures import Chart, data_url, extent, png, short, smooth, thin
-from urlfast.run import Run, UserError, command, human_bytes, human_time, open_plain, read_json, read_metrics, replacing
-from urlfast.sweep import runs_of
+from urlfast.run import Run, UserError, command, human_bytes, human_time, open_plain, read_json, read_metrics, replacing, runs_of
 from urlfast.tables import UNITS, Number, Table, over_tasks
 
 LEARNERS = {"drq": "DrQ", "drq-sac": "DrQ-SAC", "ddpg": "DDPG", "aps-task": "APS's task"}  # on the environment's own reward

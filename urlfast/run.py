@@ -18,6 +18,7 @@ import io
 import json
 import math
 import os
+import re
 import reprlib
 import stat
 import sys
@@ -359,6 +360,33 @@ def _drop_locks_in_child():
 
 
 os.register_at_fork(after_in_child=_drop_locks_in_child)
+
+
+# A sweep's folder: sweep.json, and ROW/TASK-s1/RUN ------------------------------------------------------------------
+
+
+def slug(text: str) -> str:
+    return re.sub(r"[^\w.-]+", "_", text).strip("._") or "_"
+
+
+def saved(run: Path) -> bool:
+    return any(run.glob("checkpoints/step-*"))
+
+
+def newest_run(folder: Path) -> Path | None:
+    """In a job's folder. A training that was killed before it saved anything is begun anew, beside what it left."""
+    found = [path.parent for path in folder.glob("*/config.json")]
+    return max(found, key=lambda run: (saved(run), run.stat().st_mtime), default=None)
+
+
+def runs_of(folder: str | Path) -> dict[Path, str]:
+    """{run: its row} of a sweep's folder, in the order of the list. Raises UserError where it is none."""
+    try:
+        rows = [row["name"] for row in read_json(Path(folder) / "sweep.json")["rows"]]
+        places = [(row, place) for row in rows for place in sorted((Path(folder) / slug(row)).glob("*/"))]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder}/sweep.json is not a sweep's: {error}") from None
+    return {run: row for row, place in places if (run := newest_run(place))}
 
 
 # What a run says -----------------------------------------------------------------------------------------------------

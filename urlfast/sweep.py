@@ -29,7 +29,6 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-import re
 import shlex
 import signal
 import socket
@@ -46,7 +45,22 @@ from typing import Annotated
 import tyro
 
 from urlfast.envs.dmc_tasks import domain_of
-from urlfast.run import Run, UsageError, UserError, check_writable, command, human_time, nearest, one_line, read_json, write_json
+from urlfast.run import (
+    Run,
+    UsageError,
+    UserError,
+    check_writable,
+    command,
+    human_time,
+    nearest,
+    newest_run,
+    one_line,
+    read_json,
+    runs_of,
+    saved,
+    slug,
+    write_json,
+)
 from urlfast.stats import ATARI_26, URLB_EXPERT
 
 COMMANDS = {name: [sys.executable, "-m", f"urlfast.{name}"] for name in ("train", "transfer", "evaluate")}
@@ -234,16 +248,6 @@ class Job:
             return "begins"
 
 
-def saved(run: Path) -> bool:
-    return any(run.glob("checkpoints/step-*"))
-
-
-def newest_run(folder: Path) -> Path | None:
-    """In a job's folder. A training that was killed before it saved anything is begun anew, beside what it left."""
-    found = [path.parent for path in folder.glob("*/config.json")]
-    return max(found, key=lambda run: (saved(run), run.stat().st_mtime), default=None)
-
-
 def last_line(log: Path) -> str:
     """What a command said last; of tyro's box, its first line."""
     try:
@@ -254,10 +258,6 @@ def last_line(log: Path) -> str:
         return ""
     lines = [line for line in (line.strip(" \t│╭╮╰╯─") for line in text.splitlines()) if line]
     return one_line(lines[min(1, len(lines) - 1) if box else -1], 300) if lines else ""
-
-
-def slug(text: str) -> str:
-    return re.sub(r"[^\w.-]+", "_", text).strip("._") or "_"
 
 
 def read_list(name: str) -> tuple[str, dict]:
@@ -569,16 +569,6 @@ class Stop:
     def __exit__(self, *_):
         for number, handler in self._before.items():
             signal.signal(number, handler)
-
-
-def runs_of(folder: str | Path) -> dict[Path, str]:
-    """{run: its row} of a sweep's folder, in the order of the list. Raises UserError where it is none."""
-    try:
-        rows = [row["name"] for row in read_json(Path(folder) / "sweep.json")["rows"]]
-        places = [(row, place) for row in rows for place in sorted((Path(folder) / slug(row)).glob("*/"))]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder}/sweep.json is not a sweep's: {error}") from None
-    return {run: row for row, place in places if (run := newest_run(place))}
 
 
 def sweep(options: SweepConfig) -> int:
