@@ -259,8 +259,8 @@ class Stop:
 
     def _note(self, number, frame):
         self.signal = signal.Signals(number).name
+        self._restore()  # before it is said: who reads it may press again at once
         print(f"\n{self.signal}: saving a checkpoint; once more to leave without it", file=sys.stderr, flush=True)
-        self._restore()
 
     def _restore(self):
         for number, handler in self._before.items():
