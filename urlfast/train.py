@@ -259,7 +259,9 @@ class Stop:
 
     def _note(self, number, frame):
         self.signal = signal.Signals(number).name
-        self._restore()  # before it is said: who reads it may press again at once
+        # Before it is said, for who reads it may press again at once; and whatever was there: a shell's background job ignores SIGINT.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         print(f"\n{self.signal}: saving a checkpoint; once more to leave without it", file=sys.stderr, flush=True)
 
     def _restore(self):
