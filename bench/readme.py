@@ -1,4 +1,4 @@
-"""`python -m bench.readme`: writes README's section on speed, and draws docs/bench.png, from the runs in bench/results/.
+"""`python -m bench.readme`: writes README's section on speed, docs/bench.md with every case, and docs/bench.png, from bench/results/.
 
 Of each case the newest measurement on each processor counts.
 """
@@ -45,41 +45,51 @@ def load(folder: Path = ROOT / "bench" / "results") -> list[dict]:
 
 
 def section(runs: list[dict]) -> str:
-    """Markdown: for each processor a line a piece, what is not met, and every case folded away."""
-    return "\n\n".join(
-        [BEGIN, "![How many times longer the fastest alternative takes, case by case](docs/bench.png)", *map(part, runs), END]
-    )
+    """README's part: for each processor a line a piece, with the date of its newest run."""
+    picture = "![How many times longer the fastest alternative takes, case by case](docs/bench.png)"
+    every = "[docs/bench.md](docs/bench.md) has every case, and what falls short of its target."
+    return "\n\n".join([BEGIN, picture, *map(part, runs), every, END])
 
 
 def part(run: dict) -> str:
-    memory = f"{run['memory'] / 2**30:.0f} GiB"
-    flags = ", ".join(flag for flag in run["flags"] if flag not in ("fma", "avx512bw"))
-    peaks = "; ".join(
-        f"{threads} thread{'s' * (threads != '1')}: {', '.join(f'{name} {value / 1e9:.0f}' for name, value in found.items())}"
-        for threads, found in run["peaks"].items()
-    )
     rows = ["| | cases | the fastest alternative takes | at the least | targets met |", "|-|-|-|-|-|"]
     means = results.means(run["cases"])
     for piece in dict.fromkeys(case["piece"] for case in run["cases"]):
         cases = [case for case in run["cases"] if case["piece"] == piece]
         rows.append(summary(piece, cases, {t: mean for (p, t), mean in means.items() if p == piece}, run["mean_targets"].get(piece)))
-    missed = [f"{case['piece']} {case['shape']} x{case['threads']}: {text}" for case in run["cases"] for text in unmet(case)]
+    return "\n".join([f"{machine(run)}, {run['date'][:10]}.", "", *rows])
+
+
+def page(runs: list[dict]) -> str:
+    """docs/bench.md: for each processor how it was measured, what is not met, and every case."""
+    return "\n\n".join(["# Speed, case by case", "Written by `python -m bench.readme` from `bench/results/`.", *map(details, runs)]) + "\n"
+
+
+def details(run: dict) -> str:
+    flags = ", ".join(flag for flag in run["flags"] if flag not in ("fma", "avx512bw"))
+    peaks = "; ".join(
+        f"{plural(threads)}: {', '.join(f'{name} {value / 1e9:.0f}' for name, value in found.items())}"
+        for threads, found in run["peaks"].items()
+    )
+    missed = [f"- {case['piece']}: {case['shape']}, {plural(case['threads'])}: {text}" for case in run["cases"] for text in unmet(case)]
     every = ["| | threads | urlfast | the others take | of the floor |", "|-|-|-|-|-|", *map(row, run["cases"])]
     return "\n".join(
         [
-            f"**{run['processor']}**, {run['cores']} cores, {memory}, {flags}. {'; '.join(run['how'])}.",
+            f"{machine(run)}, {flags}. {'; '.join(run['how'])}.",
             f"Measured peaks, GB/s and GFLOP/s: {peaks}.",
             "",
-            *rows,
-            "",
-            *([f"Not met: {'; '.join(missed)}.", ""] if missed else []),
-            "<details><summary>Every case</summary>",
-            "",
+            *(["Targets that are not met:", "", *missed, ""] if missed else []),
             *every,
-            "",
-            "</details>",
         ]
     )
+
+
+def plural(threads: int | str) -> str:
+    return f"{threads} thread{'s' * (int(threads) > 1)}"
+
+
+def machine(run: dict) -> str:
+    return f"**{run['processor']}**, {run['cores']} cores, {run['memory'] / 2**30:.0f} GiB"
 
 
 def summary(piece: str, cases: list[dict], means: dict[int, float], mean_target: float | None) -> str:
@@ -183,6 +193,7 @@ def main() -> None:
         raise SystemExit("bench.readme: bench/results/ holds no run yet; `python -m bench` makes one")
     readme = ROOT / "README.md"
     readme.write_text(rewritten(readme.read_text(), section(runs)))
+    (ROOT / "docs" / "bench.md").write_text(page(runs))
     draw(runs, ROOT / "docs" / "bench.png")
 
 

@@ -204,14 +204,16 @@ def test_the_table_says_it_all_in_one_row():
 # The README ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_the_section_has_the_figures_their_date_and_what_is_not_met():
+def test_readme_has_a_line_a_piece_and_the_page_every_case_and_what_is_not_met():
     text = readme.section(readme.merged([RUN]))
     assert text.startswith(readme.BEGIN) and text.endswith(readme.END)
-    assert "Some Processor" in text and "2026-01-02: `python -m bench`" in text and "read 40" in text
+    assert "Some Processor" in text and "2026-01-02" in text
     assert "| knn | 2 | 5.0x (2 threads) | 2.5x | 3 of 4, 1 not measured |" in text  # the mean's target among them
     assert "| replay | 1 |  |  | 1 of 1 |" in text
-    assert "Not met: knn 256 x self x2: faiss 3.0x (target 30x)." in text
-    assert "| knn: 256 x self | 2 | 1 ms | cdist 2.5x, faiss 3.0x | 50% |" in text
+    every = readme.page(readme.merged([RUN]))
+    assert "2026-01-02: `python -m bench`" in every and "read 40" in every
+    assert "- knn: 256 x self, 2 threads: faiss 3.0x (target 30x)\n" in every
+    assert "| knn: 256 x self | 2 | 1 ms | cdist 2.5x, faiss 3.0x | 50% |" in every
 
 
 def test_the_newest_measurement_of_a_case_counts_on_each_processor():
@@ -239,6 +241,7 @@ def test_the_readme_is_what_the_stored_results_say():
     runs = readme.load()
     if runs:
         assert readme.section(runs) in text, "run `python -m bench.readme`"
+        assert (ROOT / "docs" / "bench.md").read_text() == readme.page(runs), "run `python -m bench.readme`"
     else:
         assert readme.BEGIN in text
 
