@@ -1,5 +1,7 @@
 #include "common/memory.hpp"
 
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -67,5 +69,17 @@ void require_room(const char* argument, const std::string& what, double bytes) {
       text(argument, ": ", what, " take ", gigabytes(bytes), ", but ",
            available < 0 ? "no machine has that" : gigabytes(double(available)) + " of memory are available"));
 }
+
+void* map_pages(int64_t bytes, bool sparse) {
+  const int flags = MAP_PRIVATE | MAP_ANONYMOUS | (sparse ? MAP_NORESERVE : 0);
+  void* pages = mmap(nullptr, size_t(bytes), PROT_READ | PROT_WRITE, flags, -1, 0);
+  if (pages == MAP_FAILED) return nullptr;
+#ifdef MADV_HUGEPAGE
+  if (bytes >= int64_t(2) << 20) madvise(pages, size_t(bytes), MADV_HUGEPAGE);  // advice: it may be declined
+#endif
+  return pages;
+}
+
+void unmap_pages(void* pages, int64_t bytes) { munmap(pages, size_t(bytes)); }
 
 }  // namespace urlfast

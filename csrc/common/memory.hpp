@@ -19,6 +19,12 @@ int64_t available_memory();
 // of what callers ask for leave int64.
 void require_room(const char* argument, const std::string& what, double bytes);
 
+// Zeroed memory that is taken from the system as it is touched, in huge pages where the system has them: reading much
+// of it would wait for the addresses of small ones. Null where the system refuses, as it does what is more than the
+// machine has, unless `sparse` says that it will not all be touched.
+void* map_pages(int64_t bytes, bool sparse);
+void unmap_pages(void* pages, int64_t bytes);
+
 std::string gigabytes(double bytes);  // "7.06 GB"
 
 }  // namespace urlfast

@@ -20,7 +20,8 @@ EpisodicMemory::EpisodicMemory(int64_t streams, int64_t capacity, int64_t dim, i
     copy_waiting(device, total_.get(), zeros.data(), streams * int64_t(sizeof(int64_t)));
     return;
   }
-  rows_.reset(static_cast<float*>(std::malloc(size_t(bytes))), std::free);
+  if (void* pages = map_pages(bytes, false))
+    rows_.reset(static_cast<float*>(pages), [bytes](void* p) { unmap_pages(p, bytes); });
   total_.reset(static_cast<int64_t*>(std::calloc(size_t(streams), sizeof(int64_t))), std::free);
   if (!rows_ || !total_)
     throw MemoryShortage(text("capacity: ", streams, " x ", capacity, " rows take ", gigabytes(double(bytes)),

@@ -25,12 +25,8 @@ constexpr size_t kBuffer = size_t(1) << 20;
 }  // namespace
 
 Pages::Pages(int64_t bytes) : bytes_(std::max<int64_t>(bytes, 1)) {
-  void* p = mmap(nullptr, size_t(bytes_), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (p == MAP_FAILED) throw MemoryShortage("could not map " + gigabytes(double(bytes_)) + ": " + std::strerror(errno));
-  data_ = static_cast<char*>(p);
-#ifdef MADV_HUGEPAGE
-  if (bytes_ >= int64_t(2) << 20) madvise(p, size_t(bytes_), MADV_HUGEPAGE);  // advice: it may be declined
-#endif
+  data_ = static_cast<char*>(map_pages(bytes_, true));
+  if (!data_) throw MemoryShortage("could not map " + gigabytes(double(bytes_)) + ": " + std::strerror(errno));
 }
 
 Pages::Pages(int file, int64_t offset, int64_t bytes) : bytes_(std::max<int64_t>(bytes, 1)) {
@@ -47,7 +43,7 @@ Pages& Pages::operator=(Pages&& other) noexcept {
 }
 
 Pages::~Pages() {
-  if (data_) munmap(data_, size_t(bytes_));
+  if (data_) unmap_pages(data_, bytes_);
 }
 
 int scratch_file(const std::string& folder, int64_t bytes) {
