@@ -1,15 +1,19 @@
 """knn_reward beside torch.cdist + topk, faiss's exact search, scikit-learn and URLB's formula; and many episodic memories in one call.
 
 All return log(1 + mean distance to the k nearest). Floor: the products' float32 operations, half of them where the batch is its own pool;
-or one pass over the memory, if that takes longer.
+or one pass over the memory, if that takes longer. Of many memories: a pass over the very rows, timed in turns, since how fast rows can be
+read hangs on the pages that they lie on.
 """
 
+import itertools
+import mmap
 from functools import partial
 
 import numpy as np
 import torch
 
 import urlfast
+from bench.floors import reads
 from bench.harness import Case, Work, agree, optional
 
 faiss = optional("faiss")
@@ -120,10 +124,24 @@ def baddbmm(z, memory, lengths):
     return call
 
 
+def fresh(shape):
+    """Float32 on pages of its own, huge ones where the system has them, whatever was allocated and freed before."""
+    pages = mmap.mmap(-1, 4 * int(np.prod(shape)), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(pages, np.float32).reshape(shape)
+
+
 def memories(lengths):
     rng = np.random.default_rng(0)
-    z = rng.standard_normal((len(lengths), 1, 32), dtype=np.float32)
-    return z, rng.standard_normal((len(lengths), max(lengths), 32), dtype=np.float32), lengths
+    z, rows = rng.standard_normal((len(lengths), 1, 32), dtype=np.float32), fresh((len(lengths), max(lengths), 32))
+    rng.standard_normal(dtype=np.float32, out=rows)
+    return z, rows, lengths
+
+
+def one_pass(threads):
+    """The floor: as many of the rows as are in use."""
+    return lambda z, memory, lengths: reads(memory.reshape(-1)[: 32 * sum(lengths)], threads)
 
 
 def many_memories(threads, count, low, high):
@@ -135,10 +153,59 @@ def many_memories(threads, count, low, high):
         partial(memories, lengths),
         {"urlfast": ours_ragged, "faiss": faiss and faiss_each, "baddbmm": baddbmm},
         agree(rtol=1e-5, **PRODUCTS),
-        floor=Work(read=4 * 32 * sum(lengths)),
+        floor=one_pass(threads),
         targets={"fastest": 2.0},
     )
 
 
+# NGU's memories: the distances to what 64 actors have seen, and their new rows in place of the oldest ---------------------------
+
+
+def embeddings(rows):
+    """(streams, dim) of every step."""
+    streams, _, dim = rows.shape
+    return itertools.cycle(np.random.default_rng(1).standard_normal((256, streams, dim), dtype=np.float32))
+
+
+def ours_episodic(_, rows, lengths):
+    (streams, capacity, dim), new = rows.shape, embeddings(rows)
+    memory, none = urlfast.EpisodicMemory(streams, capacity, dim, k=10), np.zeros(streams, bool)
+    memory.load_state_dict({"lengths": lengths, "rows": rows.reshape(-1, dim)})
+    return lambda: log_mean(memory.step(next(new), none))[:, None]
+
+
+def appending(make):
+    """A peer, on rows of its own, that writes the new ones itself."""
+
+    def with_rows(z, rows, lengths):
+        z, own, new, oldest = np.empty_like(z), fresh(rows.shape), embeddings(rows), itertools.cycle(range(rows.shape[1]))
+        own[:] = rows
+        search = make(z, own, lengths)
+
+        def call():
+            z[:, 0] = next(new)
+            found = search()
+            own[:, next(oldest)] = z[:, 0]
+            return found
+
+        return call
+
+    return with_rows
+
+
+def episodic(threads, streams=64, capacity=10_000):
+    return Case(
+        "knn",
+        f"EpisodicMemory, {streams} x {capacity:,} x 32, k 10",
+        threads,
+        partial(memories, [capacity] * streams),
+        {"urlfast": ours_episodic, "faiss": faiss and appending(faiss_each), "baddbmm": appending(baddbmm)},
+        agree(rtol=1e-5, **PRODUCTS),
+        floor=one_pass(threads),
+        targets={"floor": 0.75, **({"faiss": 2.5, "baddbmm": 1.5} if threads == 2 else {})},
+    )
+
+
 def cases(threads):
-    return [one_batch(threads, *shape) for shape in SHAPES] + [many_memories(threads, *shape) for shape in MEMORIES]
+    found = [one_batch(threads, *shape) for shape in SHAPES]
+    return [*found, *(many_memories(threads, *shape) for shape in MEMORIES), episodic(threads)]

@@ -15,7 +15,6 @@ import os
 import shutil
 import subprocess
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -37,9 +36,10 @@ def loops() -> ctypes.CDLL | None:
     with tempfile.TemporaryDirectory() as folder:
         library = f"{folder}/floors.so"
         source = Path(__file__).with_name("floors.cpp")
-        subprocess.run([compiler, "-O3", "-march=native", "-shared", "-fPIC", str(source), "-o", library], check=True)
+        subprocess.run(
+            [compiler, "-O3", "-march=native", "-std=c++17", "-pthread", "-shared", "-fPIC", str(source), "-o", library], check=True
+        )
         found = ctypes.CDLL(library)  # stays loaded when the file is gone
-    found.read_all.restype = ctypes.c_float
     found.multiply_add.restype = ctypes.c_double
     return found
 
@@ -57,39 +57,33 @@ def peaks(threads: int, *, quick: bool = False, clock: str = "wall") -> dict[str
 
 
 def memory_and_arithmetic(threads: int, size: int) -> dict[str, tuple]:
-    """{name: (call, bytes or operations of a call)}; ctypes lets go of the interpreter, so plain threads do."""
+    """{name: (call, bytes or operations of a call)}"""
     native = loops()
     if not native:
         return {}
-    pool = ThreadPoolExecutor(threads)
     source, target = (np.full(size, i, np.uint8) for i in (0, 1))
     starts = np.random.default_rng(0).integers(0, size // FRAME, size // FRAME) * FRAME
-    parts = [(int(i[0]), len(i)) for i in np.array_split(np.arange(size // FRAME), threads)]  # first frame, frames
     out = (ctypes.c_float * threads)()
 
-    def spread(part):
-        return (lambda: list(pool.map(part, range(threads)))) if threads > 1 else lambda: part(0)
+    def multiply_add():
+        return native.multiply_add(ctypes.c_size_t(4_000_000), out, threads)
 
-    def read(i):
-        native.read_all(at(source, parts[i][0] * FRAME), ctypes.c_size_t(parts[i][1] * FRAME // 4))
-
-    def copy(i):
-        start, count = parts[i]
-        native.copy_all(at(target, start * FRAME), at(source, start * FRAME), ctypes.c_size_t(count * FRAME))
-
-    operations = []
-
-    def multiply_add(i):
-        operations.append(native.multiply_add(ctypes.c_size_t(4_000_000), ctypes.byref(out, 4 * i)))
-
-    multiply_add(0)
     every = size // FRAME * FRAME
     return {
-        "read": (spread(read), every),
-        "copy": (spread(copy), every),
+        "read": (reads(source, threads), size),
+        "copy": (lambda: native.copy_all(at(target), at(source), ctypes.c_size_t(size), threads), size),
         "gather": (gathers(source, target, [starts], FRAME, threads), every),
-        "fp32": (spread(multiply_add), operations[0] * threads),
+        "fp32": (multiply_add, multiply_add()),
     }
+
+
+def reads(array: np.ndarray, threads: int):
+    """A call that reads all of a contiguous array once; None without a compiler."""
+    native = loops()
+    if not native:
+        return None
+    out = (ctypes.c_float * threads)()
+    return lambda: native.read_all(at(array), ctypes.c_size_t(array.nbytes // 4), out, threads)
 
 
 def gathers(source: np.ndarray, target: np.ndarray, starts: list[np.ndarray], run: int, threads: int):
@@ -100,18 +94,13 @@ def gathers(source: np.ndarray, target: np.ndarray, starts: list[np.ndarray], ru
     native = loops()
     if not native:
         return None
-    pool = ThreadPoolExecutor(threads)
     order = itertools.cycle(starts)
-    parts = [(int(i[0]), len(i)) for i in np.array_split(np.arange(len(starts[0])), threads)]
-
-    def part(chosen, first, count):
-        native.gather(at(target, first * run), at(source), at(chosen, first * 8), ctypes.c_size_t(count), ctypes.c_size_t(run))
 
     def call():
         chosen = next(order)
-        list(pool.map(lambda p: part(chosen, *p), parts))
+        native.gather(at(target), at(source), at(chosen), ctypes.c_size_t(len(chosen)), ctypes.c_size_t(run), threads)
 
-    return call if threads > 1 else lambda: part(next(order), *parts[0])  # a small copy takes no longer than the way to a thread
+    return call
 
 
 def at(array: np.ndarray, offset: int = 0) -> ctypes.c_void_p:
