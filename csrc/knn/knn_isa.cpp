@@ -415,6 +415,9 @@ int64_t short_rows(const T* query, const T* keys, int64_t columns, T* out) {
   constexpr int W = Shape<T>::W;
   const volatile T zero = 0;  // known to the compiler, it could add the products in another order than row_tile does
   const Vector<T> start = Vector<T>{} + zero;
+  Vector<T> asked[V];
+#pragma GCC unroll 4
+  for (int v = 0; v < V; ++v) asked[v] = load(query + v * W);
   int64_t j = 0;
   for (; j + W <= columns; j += W, keys += W * V * W) {
     const T* ahead = keys + W * V * W;  // where the keys after these lie, if there are any: a prefetch never faults
@@ -427,9 +430,10 @@ int64_t short_rows(const T* query, const T* keys, int64_t columns, T* out) {
       for (int v = 0; v < V; ++v) {
         const int at = (i * V + v) * W;
         if (v * kVectorBytes % 64 == 0) __builtin_prefetch(ahead + at, 0, 2);
-        const Vector<T> difference = load(keys + at) - load(query + v * W);
+        const Vector<T> difference = load(keys + at) - asked[v];
         sums[i] += difference * difference;
       }
+      asm volatile("" ::: "memory");  // prefetches stay among the loads: all of them at once would hold these up
     }
     store(out + j, sum_each<T>(sums));
   }
