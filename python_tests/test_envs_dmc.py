@@ -10,6 +10,8 @@ import time
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from urlfast.envs import rendering, stream_seeds
 from urlfast.envs.dmc import DMCConfig, make_dmc
@@ -23,6 +25,7 @@ with pytest.MonkeyPatch.context() as patch:  # this process draws nothing
     from dm_control.utils.rewards import tolerance
 
     worker = importlib.import_module("urlfast.envs.dmc_worker")
+    quick = importlib.import_module("urlfast.envs.dmc_quick")
 
     if worker.dm_control._render.BACKEND != "off":  # another test was first to import dm_control
         importlib.reload(worker.dm_control._render)
@@ -145,7 +148,7 @@ def test_jaco_is_dm_controls_reach_with_the_brick_in_its_place(task):
     for t in range(steps):
         action = random.uniform(spec.minimum, spec.maximum)
         if now.last():
-            assert t == 250 and simulation.now.last()
+            assert t == 250
             simulation.reset(None)
             now = env.reset()
         else:
@@ -164,8 +167,74 @@ def test_a_discount_of_0_is_terminated():
         simulation.env.physics.set_state(np.zeros(4))  # the goal
     reward, terminated, last = simulation.step(np.zeros(1))
     assert terminated and last and simulation.env._reset_next_step
-    assert reward == pytest.approx(simulation.now.reward)  # one control step, not four
+    assert reward == pytest.approx(simulation.env.task.get_reward(simulation.env.physics))  # one control step, not four
     simulation.free()
+
+
+# Quicker than dm_control, to the last bit ------------------------------------------------------------------------------------------
+
+
+@given(
+    x=st.floats(-3, 3) | st.sampled_from([-1.0, 0.0, 1.0, 2.0]),
+    bounds=st.sampled_from([(0.0, 0.0), (-1.0, 1.0), (1.0, np.inf), (-np.inf, -1.0), (2.0, np.inf)]),
+    margin=st.sampled_from([0.0, 0.3, 1.0, 5.0]),
+    sigmoid=st.sampled_from(["gaussian", "hyperbolic", "long_tail", "reciprocal", "cosine", "linear", "quadratic", "tanh_squared"]),
+    single=st.sampled_from([float, np.float64, np.array, lambda x: np.full(3, x)]),
+)
+def test_tolerance_is_dm_controls(x, bounds, margin, sigmoid, single):
+    x = single(x)
+    got, want = (each(x, bounds, margin, sigmoid, 0.3) for each in (quick.tolerance, tolerance))
+    assert type(got) is type(want)
+    np.testing.assert_array_equal(got, want, strict=isinstance(want, np.ndarray))
+    for wrong in (dict(bounds=(1.0, 0.0)), dict(margin=-1.0), dict(margin=1.0, value_at_margin=7.0)):
+        with pytest.raises(ValueError):
+            quick.tolerance(5.0, **wrong)
+
+
+def test_named_fields_are_dm_controls():
+    physics = plain_env("quadruped_walk", 0).physics
+    for name, keys in {
+        "xpos": ["torso", ("torso", "z"), (["torso", "toe_front_left"], ["x", "z"]), 1, ("torso", slice(0, 2)), slice(1, 3)],
+        "xmat": [(slice(1, None), ["xx", "xz"]), ["torso"], [0, 2], ("torso", ["xx"]), np.array([1, 2]), np.array(["torso"])],
+        "sensordata": ["imu_gyro", ["imu_gyro", "velocimeter"], ("imu_gyro",)],
+        "qpos": ["root", ["root", "yaw_front_left"]],
+    }.items():
+        plain = getattr(physics.named.data, name)
+        ours = quick.NamedField(physics.data, name, plain.axes)
+        for key in [*keys, *keys]:
+            np.testing.assert_array_equal(ours[key], plain[key], f"{name} {key}", strict=True)
+        ours[keys[0]] = 5.0
+        assert np.all(plain[keys[0]] == 5)
+        for wrong in ("no such name", ["no such name"], "", None):
+            for field in (plain, ours):
+                with pytest.raises((KeyError, IndexError)):
+                    field[wrong]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("task", sorted({max(task for task in worker.SUITE if domain_of(task) == domain_of(one)) for one in worker.SUITE}))
+def test_a_quick_environment_is_the_plain_one_to_the_last_bit(task, monkeypatch):
+    plain = plain_env(task, 1)
+    monkeypatch.setattr(quick.index, "FieldIndexer", quick.NamedField)
+    monkeypatch.setattr(quick.rewards, "tolerance", quick.tolerance)
+    env = worker.load(task, 1)
+    assert type(env) is quick.Suite and type(env.physics.named.data.qpos) is quick.NamedField
+    random = np.random.default_rng(0)
+    for _ in range(2):
+        now, _ = plain.reset(), env.reset()
+        for _ in range(25):
+            np.testing.assert_array_equal(np.concatenate([np.ravel(part) for part in env.observe()]), now.observation["observations"])
+            np.testing.assert_array_equal(env.physics.get_state(), plain.physics.get_state())
+            action = random.uniform(-1, 1, env.action_spec().shape)
+            with monkeypatch.context() as patch:
+                patch.setattr(quick.rewards, "tolerance", tolerance)
+                now = plain.step(action)
+            reward, discount = env.advance(action)
+            assert reward == now.reward and (discount is not None) == now.last() and (discount is None or discount == now.discount)
+            if now.last():
+                break
+    env.physics.free()
+    plain.physics.free()
 
 
 # Every task ----------------------------------------------------------------------------------------------------------------------
@@ -279,7 +348,7 @@ def test_angular_momentum_is_that_of_the_step_just_made():
             physics.named.data.qvel["rooty"] = 30
             physics.named.data.qpos["rootz"] = 1
         reward, *_ = simulation.step(np.zeros(6))
-        assert reward == pytest.approx(DENSE["walker_flip"](physics, simulation.now.reward))
+        assert reward == pytest.approx(DENSE["walker_flip"](physics, simulation.env.task.get_reward(physics)))
         shown = physics.named.data.subtree_angmom["torso", "y"]
         worker.dm_control.mujoco.wrapper.mjbindings.mjlib.mj_subtreeVel(physics.model.ptr, physics.data.ptr)
         assert shown == physics.named.data.subtree_angmom["torso", "y"] and shown > 5 and reward > 0.5

@@ -10,13 +10,13 @@ import os
 from types import SimpleNamespace
 
 import dm_control._render
-import mujoco
 import numpy as np
 from dm_control import composer, suite
 from dm_control.mujoco.engine import Camera
 from dm_control.rl.control import PhysicsError
 
 from urlfast.envs import rendering, workers
+from urlfast.envs.dmc_quick import Suite, quick_step, quicken
 from urlfast.envs.dmc_tasks import JACO, TASKS
 
 SUITE = {f"{domain}_{task}".lower(): (domain, task) for domain, task in suite.ALL_TASKS}
@@ -33,7 +33,8 @@ def load(task: str, seed: int):
     if task in JACO:
         return load_jaco(JACO[task], seed)
     base = TASKS[task].base if task in TASKS else task
-    env = suite.load(*SUITE[base], task_kwargs={"random": seed}, environment_kwargs={"flat_observation": True})
+    env = suite.load(*SUITE[base], task_kwargs={"random": seed})
+    env.__class__ = Suite
     env.physics.step = quick_step(env.physics)
     if task == "quadruped_escape" and not can_draw():  # it asks for a picture's ground at every reset
         env.physics.__class__ = type("Undrawn", (type(env.physics),), {"contexts": None})
@@ -41,26 +42,6 @@ def load(task: str, seed: int):
         sizes, planes = env.physics.model.geom_size, env.physics.model.geom_type == 0
         sizes[planes, 0] *= TASKS[task].floor
     return env
-
-
-def quick_step(physics):
-    """physics.step, with the same calls of MuJoCo and less around them: dm_control's search for warnings is a tenth of a walker's step."""
-    model, data, warnings = physics.model.ptr, physics.data.ptr, physics.data.warning.number
-    runge_kutta = physics.model.opt.integrator == mujoco.mjtIntegrator.mjINT_RK4
-
-    def step(nstep=1):
-        before = warnings.tobytes()
-        if runge_kutta:
-            mujoco.mj_step(model, data, nstep)
-        else:  # the first half of the first step was made at the end of the one before
-            mujoco.mj_step2(model, data)
-            if nstep > 1:
-                mujoco.mj_step(model, data, nstep - 1)
-        mujoco.mj_step1(model, data)
-        if warnings.tobytes() != before:
-            raise PhysicsError("MuJoCo warned of an invalid state")
-
-    return step
 
 
 def load_jaco(place: tuple[float, float], seed: int):
@@ -85,7 +66,22 @@ def load_jaco(place: tuple[float, float], seed: int):
         control_timestep=constants.CONTROL_TIMESTEP,
     )
     once = dict(recompile_mjcf_every_episode=False)  # the model is the same in all
-    return composer.Environment(task, time_limit=10.0, random_state=seed, max_reset_attempts=ATTEMPTS, **once)
+    return Manipulation(task, time_limit=10.0, random_state=seed, max_reset_attempts=ATTEMPTS, **once)
+
+
+class Manipulation(composer.Environment):
+    """With the face of Suite; its steps are dm_control's own, which observes each."""
+
+    def reset(self):
+        self.now = super().reset()
+        return self.now
+
+    def advance(self, action: np.ndarray) -> tuple[float, float | None]:
+        self.now = self.step(action)
+        return self.now.reward, self.now.discount if self.now.last() else None
+
+    def observe(self) -> list[np.ndarray]:
+        return list(self.now.observation.values())
 
 
 class Simulation:
@@ -110,7 +106,8 @@ class Simulation:
         self.unused = False
         for attempt in range(1, ATTEMPTS + 1):
             try:
-                self.now, self.valid = self.env.reset(), True
+                self.env.reset()
+                self.valid = True
                 return
             except PhysicsError:
                 self.errors += 1
@@ -122,21 +119,19 @@ class Simulation:
         total = 0.0
         for _ in range(self.action_repeat):
             try:
-                now = self.env.step(action)
+                reward, discount = self.env.advance(action)
             except PhysicsError:
                 self.errors += 1
                 self.valid = False
                 return total, False, True
-            total += self.reward(self.env.physics, now.reward)
-            if now.last():
+            total += self.reward(self.env.physics, reward)
+            if discount is not None:
                 break
-        self.now = now
-        return total, bool(now.last() and now.discount == 0), now.last()
+        return total, discount == 0, discount is not None
 
-    def state(self) -> np.ndarray:
-        """The observation as one vector."""
-        parts = [part.ravel() for part in self.now.observation.values()]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+    def state(self, out: np.ndarray | None = None) -> np.ndarray:
+        """The observation as one vector; float64, unless `out` is given to hold it."""
+        return np.concatenate([np.ravel(part) for part in self.env.observe()], out=out, casting="same_kind")
 
     def allow_drawing(self) -> None:
         """Undo what `load` did where nothing could draw."""
@@ -210,10 +205,14 @@ class Worker(workers.Worker):
             simulation.free()
 
     def _show(self, i, simulation):
-        size = simulation.size
-        self.shared["frame"][i] = simulation.picture(size).transpose(2, 0, 1) if size else simulation.state()
+        frame, size = self.shared["frame"][i], simulation.size
+        if size:
+            frame[:] = simulation.picture(size).transpose(2, 0, 1)
+        else:
+            simulation.state(out=frame)
         self.shared["physics"][i] = simulation.env.physics.get_state()
 
 
 if __name__ == "__main__":
+    quicken()
     workers.serve(Worker)
