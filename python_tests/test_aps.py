@@ -283,10 +283,11 @@ def test_a_task_is_inferred_from_one_step_rewards_of_the_observation_that_was_re
     assert method.skills.fixed @ w > 0.99
 
 
-def test_without_any_reward_it_goes_on_with_random_skills():
+def test_without_any_reward_it_goes_on_with_random_skills_and_says_so(capsys):
     method = task(infer_at=4, infer_every=4)
     shown = step(batches(method).observations(4))
     for _ in range(5):
         method.act(shown)
         method.observe({"is_first": shown.is_first, "is_last": shown.is_last, "reward": np.zeros(4, np.float32)})
     assert method.skills.fixed is None and method.due == 20
+    assert capsys.readouterr().out.splitlines()[-1] == "step 16: no reward was seen yet: random skills go on, until step 20 at least"

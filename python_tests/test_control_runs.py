@@ -6,7 +6,9 @@ import pytest
 
 from urlfast import evaluate, report, train, transfer
 from urlfast.checkpoint import read_latest
+from urlfast.envs.dmc import DMCConfig
 from urlfast.evaluate import EvaluateConfig
+from urlfast.methods.agent import LEARNED
 from urlfast.run import Run, UserError
 
 RUN = "--device cpu --checkpoint-every 40 --log-every 20 --env.num-envs 2 --precision fp32 --learning-start 40 --steps 80".split()
@@ -111,6 +113,34 @@ def test_where_nothing_draws_only_the_video_is_missing(aps, monkeypatch, capsys)
     evaluate.evaluate(EvaluateConfig((str(aps.folder),), episodes=1, num_envs=1, seed=77))
     assert "no video: no renderer: MUJOCO_GL=disabled forbids drawing" in capsys.readouterr().out
     assert not list((aps.folder / "videos").iterdir()) and (aps.folder / "results.json").exists()
+
+
+def test_an_invalid_state_of_mujoco_is_counted_in_the_metrics_and_the_run_goes_on(tmp_path, monkeypatch, capfd):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "if 'urlfast.envs.dmc_worker' in sys.orig_argv:\n"
+        "    import mujoco\n"
+        "    step, steps = mujoco.mj_step2, iter(range(10**9))\n"
+        "    def mj_step2(model, data):\n"
+        "        if next(steps) % 25 == 24:\n"
+        "            data.qvel[0] = float('nan')\n"
+        "        step(model, data)\n"
+        "    mujoco.mj_step2 = mj_step2\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))  # workers take the path of their parent
+    run = trained(tmp_path / "runs", "apt", "dmc", *RUN, *SMALL, *ICM, "--env.task", "cheetah_run", "--env.workers", "1")
+    last = json.loads((run.folder / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["step"] >= 80 and (last["physics_errors"], last["episodes"]) == (3, 3)
+    assert "cheetah_run: MuJoCo's state became invalid (PhysicsError, 1 so far)" in capfd.readouterr().err
+
+
+def test_a_transfer_leaves_neither_its_domain_nor_what_an_agent_sees():
+    before, table = DMCConfig(task="finger_turn_easy", num_envs=1), dict.fromkeys(LEARNED, "load")
+    with pytest.raises(UserError, match="point_mass_easy is no task of finger, which the run knows"):  # 12 numbers and 2 actions, as well
+        transfer.check_fits("dmc", before, DMCConfig(task="point_mass_easy", num_envs=1, frame_stack=3), table)
+    with pytest.raises(UserError, match=r"shape \(24,\), the run's finger_turn_easy \(12,\): a transfer keeps what an agent sees"):
+        transfer.check_fits("dmc", before, DMCConfig(task="finger_turn_hard", num_envs=1, frame_stack=2), table)
+    transfer.check_fits("dmc", before, before.playing("finger_turn_hard"), table)
 
 
 @pytest.mark.parametrize("task, near", [("walker_wlak", "walker_walk"), ("hoper_hop", "hopper_hop")])

@@ -143,6 +143,8 @@ def train(run: Run, config: TrainConfig, method, env, replay, counters: Counters
             counters.seconds = time.monotonic() - began
             if counters.steps > window.begin:  # not where an interrupt came while every environment was reset
                 line = window.close(counters, env.action_repeat)
+                if errors := getattr(env, "physics_errors", 0):
+                    line["physics_errors"] = errors
                 metrics.log(line)
                 progress.log(line)
 

@@ -14,6 +14,7 @@ from typing import Literal
 import tyro
 
 from urlfast.checkpoint import read_at, read_latest
+from urlfast.envs.dmc_tasks import domain_of
 from urlfast.learners.ddpg import DDPGConfig
 from urlfast.learners.drq import DrQConfig
 from urlfast.learners.drq_sac import DrQSACConfig
@@ -81,16 +82,19 @@ def run_transfer(argv: list[str]) -> int:
 
 
 def check_fits(domain: str, before, after, table: dict) -> None:
-    """Raises UserError where what is loaded was made for other observations, or for other actions."""
+    """Raises UserError where what is loaded was made for another domain of DMControl, for other observations, or for other actions."""
     worlds = []
     for config in (before, after):
         with refusals(), closing(DOMAINS[domain](config, num_envs=1)) as env:
             worlds.append((env.observation_shape, env.actions))
     (shape, actions), (other_shape, other_actions) = worlds
+    if domain == "dmc" and domain_of(before.name) != domain_of(after.name):  # whose shapes may agree, as those of all pictures do
+        raise UserError(
+            f"{after.name} is no task of {domain_of(before.name)}, which the run knows: a transfer stays among the tasks of one domain"
+        )
     if shape != other_shape:
         raise UserError(
-            f"{after.name} shows observations of shape {other_shape}, the run's {before.name} {shape}: "
-            "a transfer stays among the tasks of one domain"
+            f"{after.name} shows observations of shape {other_shape}, the run's {before.name} {shape}: a transfer keeps what an agent sees"
         )
     if actions != other_actions and any(table[part] != RESET for part in LEARNED):
         hint = ", or pre-train with --env.full-action-set" if domain == "atari" else ""

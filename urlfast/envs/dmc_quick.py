@@ -1,7 +1,7 @@
 """dm_control's suite with less around MuJoCo: the same calls of MuJoCo and the same numbers, to the last bit.
 
-Beside plain dm_control a walker's step spends as long in Python as in MuJoCo: in names that are looked up anew at each access, in tolerance's
-arrays for single numbers, in the search for warnings, in observations that nobody sees.
+A step of plain dm_control spends about as long in Python as in MuJoCo: in names that are looked up anew at each access, in arrays for
+single numbers, in the search for warnings, in observations that nobody sees.
 """
 
 from __future__ import annotations

@@ -464,9 +464,12 @@ class APSTask:
         if self.agent.steps >= self.due:
             self.due += self.config.infer_every
             solved = self.regression.solve() if self.config.regression == "least-squares" else self.regression.release()
-            if solved is not None:  # else no reward was seen yet: on with random skills
+            if solved is None:
+                found = f"no reward was seen yet: random skills go on, until step {self.due:,} at least"
+            else:
                 self.skills.fix(solved)
-                print(f"step {self.agent.steps:,}: the task's skill is {', '.join(f'{x:.2f}' for x in solved.tolist())}", flush=True)
+                found = f"the task's skill is {', '.join(f'{x:.2f}' for x in solved.tolist())}"
+            print(f"step {self.agent.steps:,}: {found}", flush=True)
 
     def observe(self, rows: dict[str, np.ndarray]) -> None:
         rows["skill"] = self.skills.rows(len(rows["is_first"]))
