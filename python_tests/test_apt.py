@@ -70,6 +70,7 @@ def control(seed=0, shape=STATES, learner=DDPG, **changes):
 
 MAKERS = {
     "apt": apt,
+    "apt, random neighbours": lambda seed: apt(seed, reward=ParticleConfig(k=4, neighbours="random")),
     "mini_apt": mini_apt,
     "task": task,
     "task, tau 1": lambda seed: task(seed, learner=DrQConfig(hidden=12)),
@@ -530,6 +531,8 @@ def test_ablations_of_the_reward():
 def test_what_a_method_cannot_do_is_said_at_the_start():
     with pytest.raises(ValueError, match="the contrastive loss compares views of images"):
         urlb(representation=ContrastiveConfig())
+    with pytest.raises(ValueError, match="encoder_learns: vectors have no encoder"):
+        urlb(encoder_learns="q")
     with pytest.raises(ValueError, match="DrQConfig takes numbered actions, and this environment's actions are vectors"):
         APT(APTConfig(), SHAPE, (2,))
     with pytest.raises(ValueError, match="DDPGConfig takes vectors, and this environment's actions are numbers"):

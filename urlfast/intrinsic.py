@@ -32,8 +32,9 @@ class ParticleConfig:
 class ParticleReward:
     """How far each feature is from its nearest neighbours in its batch; the batch is its own pool."""
 
-    def __init__(self, config: ParticleConfig, device: torch.device):
-        self.config = config
+    def __init__(self, config: ParticleConfig, device: torch.device, generator: torch.Generator | None = None):
+        """generator: on the device, draws the neighbours that are random; None: torch's own."""
+        self.config, self.generator = config, generator
         mode = {"distance-mean": "mean", "distance-var": "var", "reward-mean": "mean", "none": None}[config.scale]
         self.normalizer = RunningNormalizer(mode, clip=config.clip or None, device=str(device)) if mode else None
 
@@ -46,7 +47,7 @@ class ParticleReward:
         if config.neighbours == "none":
             return torch.ones(len(z), device=z.device), torch.zeros(len(z), device=z.device)
         if config.neighbours == "random":
-            others = torch.randint(len(z), (config.k, len(z)), device=z.device)
+            others = torch.randint(len(z), (config.k, len(z)), device=z.device, generator=self.generator)
             distances = torch.stack([torch.linalg.vector_norm(z - z[other], dim=-1) for other in others], -1)
         else:
             distances, _ = knn(z, k=config.k)  # (B, k)

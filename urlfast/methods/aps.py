@@ -260,7 +260,7 @@ class APS:
             torch.manual_seed(seed)
             self.phi = phi_network(config, self.agent).to(self.device)
         self.optim = adam([*self.agent.encoder.parameters(), *self.phi.parameters()], config.lr, config.adam_eps, self.device)
-        self.reward = ParticleReward(config.reward, self.device)
+        self.reward = ParticleReward(config.reward, self.device, self.agent.generator)
         self.skills = Skills(config.skill_dim, config.skill_steps, seed)
         self.quantiles = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95], device=self.device)
         self.captured = {whole: Captured(self.gradient_step, self.device, (self.agent.generator,)) for whole in (True, False)}
@@ -360,31 +360,32 @@ class APS:
 
 
 class Regression:
-    """w* of phi^T w = r over all that was seen, from its sums: nothing grows."""
+    """w* of phi^T w = r over all that was seen, from its sums: nothing grows, and nothing waits for the device before a solution."""
 
-    def __init__(self, dim: int):
-        self.gram = torch.zeros(dim, dim, dtype=torch.float64)  # sum of phi phi^T
-        self.moment = torch.zeros(dim, dtype=torch.float64)  # sum of phi r
+    def __init__(self, dim: int, device: torch.device | str = "cpu"):
+        self.gram = torch.zeros(dim, dim, dtype=torch.float64, device=device)  # sum of phi phi^T
+        self.moment = torch.zeros(dim, dtype=torch.float64, device=device)  # sum of phi r
         self.count = 0
 
     def add(self, phi: Tensor, reward: Tensor) -> None:
         """phi (n, d) of the observations that were reached, reward (n,) that reaching them paid."""
         phi = phi.double()
         self.gram += phi.T @ phi
-        self.moment += phi.T @ reward.double()
+        self.moment += phi.T @ reward.to(phi)
         self.count += len(phi)
 
     def solve(self, ridge: float = 1e-3) -> Tensor | None:
-        """(d,) of length 1; None while no reward was seen. ridge: of the Gram matrix's mean diagonal, for directions never seen."""
-        if not self.moment.any():
+        """(d,) of length 1, on the CPU; None while no reward was seen. ridge: of the Gram matrix's mean diagonal, for directions never seen."""
+        gram, moment = self.gram.cpu(), self.moment.cpu()
+        if not moment.any():
             return None
-        d = len(self.moment)
-        w = torch.linalg.solve(self.gram + ridge * self.gram.trace() / d * torch.eye(d, dtype=torch.float64), self.moment)
+        w = torch.linalg.solve(gram + ridge * gram.diag().mean() * torch.eye(len(gram), dtype=torch.float64), moment)
         return (w / w.norm()).float()
 
     def release(self) -> Tensor | None:
         """What URLB's call of lstsq, with its arguments exchanged, comes to: the direction of sum phi r, blind to how phi is spread."""
-        return (self.moment / self.moment.norm()).float() if self.moment.any() else None
+        moment = self.moment.cpu()
+        return (moment / moment.norm()).float() if moment.any() else None
 
 
 @dataclass(frozen=True)
@@ -438,7 +439,7 @@ class APSTask:
             torch.manual_seed(seed)
             self.phi = phi_network(config, self.agent).to(self.agent.device)
         self.skills = Skills(config.skill_dim, config.skill_steps, seed)
-        self.regression = Regression(config.skill_dim)
+        self.regression = Regression(config.skill_dim, self.agent.device)
         self.due = config.infer_at
         self.pending: tuple[np.ndarray, np.ndarray] | None = None  # rewards of the last rows, and which of them count
 
@@ -459,7 +460,7 @@ class APSTask:
             if counts.any():
                 seen = torch.from_numpy(np.ascontiguousarray(step.observation[counts])).to(self.agent.device)
                 phi = F.normalize(self.phi(self.agent.encode(self.agent.encoder, self.agent.plain(seen)).float()), dim=-1)
-                self.regression.add(phi.cpu(), torch.from_numpy(reward[counts]))
+                self.regression.add(phi, torch.from_numpy(reward[counts]))
             self.pending = None
         if self.agent.steps >= self.due:
             self.due += self.config.infer_every
@@ -492,7 +493,8 @@ class APSTask:
         self.phi.load_state_dict(state["phi"])
         self.skills.generator.set_state(state["progress"]["skills"])
         r, saved = self.regression, state["regression"]
-        r.gram, r.moment, r.count, self.due = saved["gram"], saved["moment"], saved["count"], saved["due"]
+        r.gram, r.moment = (saved[name].to(self.agent.device, copy=True) for name in ("gram", "moment"))
+        r.count, self.due = saved["count"], saved["due"]
         if saved["skill"] is not None:
             self.skills.fix(saved["skill"])
 

@@ -226,13 +226,15 @@ class APT:
         self.contrastive = isinstance(config.representation, ContrastiveConfig)
         if self.contrastive and not self.agent.pixels:
             raise ValueError("representation: the contrastive loss compares views of images, and these observations are vectors: take ICM")
+        if config.encoder_learns == "q" and not self.agent.pixels:
+            raise ValueError("encoder_learns: vectors have no encoder that could learn from q: take representation or never")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             make = Contrastive if self.contrastive else ICM
             self.representation = make(config.representation, self.agent.encoder.num_features, actions).to(self.device)
         self.encoder_parameters = list(self.agent.encoder.parameters())
         self.optim = adam([*self.encoder_parameters, *self.representation.parameters()], config.lr, config.adam_eps, self.device)
-        self.reward = ParticleReward(config.reward, self.device)
+        self.reward = ParticleReward(config.reward, self.device, self.agent.generator)
         self.quantiles = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95], device=self.device)
         self.captured = {whole: Captured(self.gradient_step, self.device, (self.agent.generator,)) for whole in (True, False)}
 
