@@ -1,21 +1,22 @@
-"""Small pixel environments with the face of urlfast.envs, whose right answers are known. Vectorised NumPy, one grey frame a step."""
+"""Small environments with the face of urlfast.envs, whose right answers are known: vectorised NumPy, one grey frame or vector a step."""
 
 import numpy as np
 
 from urlfast.envs import Episodes, FrameStack, VectorEnv
 
 
-class _Pixels(VectorEnv):
+class _Toy(VectorEnv):
     action_repeat = 1
+    dtype = np.uint8
 
     def __init__(self, num_envs, num_actions, seed, frame_stack):
         self.num_envs = num_envs
         self.num_actions = num_actions
         self.frame_stack = frame_stack
-        self.observation_shape = (frame_stack, *self.frame_shape[1:])
+        self.observation_shape = (frame_stack * self.frame_shape[0], *self.frame_shape[1:])
         self._seed = seed
         self._episodes = Episodes(num_envs)
-        self._stack = FrameStack(num_envs, frame_stack, self.frame_shape, np.uint8)
+        self._stack = FrameStack(num_envs, frame_stack, self.frame_shape, self.dtype)
         self._every = np.arange(num_envs)
 
     def _reset(self, seed):
@@ -38,7 +39,7 @@ class _Pixels(VectorEnv):
         pass
 
 
-class Catch(_Pixels):
+class Catch(_Toy):
     """A ball falls down a board of 10 rows and 7 columns; the paddle in the bottom row moves left, stays or moves right.
 
     Episodes of 9 steps, reward +1 or -1 at the end, which is terminal. A random policy earns -0.71, the best 1.
@@ -71,7 +72,7 @@ class Catch(_Pixels):
         return frame
 
 
-class NineRooms(_Pixels):
+class NineRooms(_Toy):
     """A 3 x 3 grid of square rooms, seen from above; the agent is a white square, and the room it is in is lit.
 
     Every episode begins in the corner of the first room. Actions: up, down, left, right; a wall stops the agent. One narrow door joins
@@ -122,3 +123,45 @@ class NineRooms(_Pixels):
         frame = np.zeros((self.num_envs, *self.frame_shape), np.uint8)
         frame[:, 0, low : low + side, low : low + side] = maze.repeat(self._pixels, 1).repeat(self._pixels, 2)
         return frame
+
+
+class Grid(_Toy):
+    """An open square of side x side cells, seen as its row and its column, one-hot each; every episode begins in a corner.
+
+    Actions: stay, up, down, left, right; the border stops the agent. Being in a cell after a step pays its worth. No terminal state.
+    worth: (num_envs, side, side), of each environment; None: nothing pays. `visited` is as of NineRooms.
+    """
+
+    dtype = np.float32
+    moves = np.array([(0, 0), (-1, 0), (1, 0), (0, -1), (0, 1)])
+
+    def __init__(self, num_envs=1, seed=0, frame_stack=1, side=13, limit=40, worth=None):
+        self.frame_shape = (2 * side,)
+        super().__init__(num_envs, len(self.moves), seed, frame_stack)
+        self.side, self.limit = side, limit
+        self.worth = np.zeros((num_envs, side, side)) if worth is None else worth
+        self.visited = np.zeros((side, side), bool)
+        self._one_hot = np.eye(side, dtype=np.float32)
+        self._at = np.zeros((num_envs, 2), np.int64)
+
+    def _begin(self, which):
+        self._at[which] = 0
+
+    def _move(self, actions):
+        self._at = np.clip(self._at + self.moves[actions], 0, self.side - 1)
+        none = np.zeros(self.num_envs, bool)
+        return self.worth[self._every, *self._at.T], none, self._episodes.length + 1 >= self.limit
+
+    def _draw(self):
+        self.visited[*self._at.T] = True
+        return self._one_hot[self._at].reshape(self.num_envs, -1)
+
+    def cells(self, observation):
+        """Row-major numbers, (N,), of the cells that observations (N, 2 * side) show."""
+        row, column = observation.reshape(-1, 2, self.side).argmax(-1).T
+        return row * self.side + column
+
+    def observations(self):
+        """Those of all cells, (side * side, 2 * side)."""
+        row, column = np.divmod(np.arange(self.side**2), self.side)
+        return np.concatenate([self._one_hot[row], self._one_hot[column]], 1)

@@ -375,7 +375,7 @@ class Regression:
         self.count += len(phi)
 
     def solve(self, ridge: float = 1e-3) -> Tensor | None:
-        """(d,) of length 1, on the CPU; None while no reward was seen. ridge: of the Gram matrix's mean diagonal, for directions never seen."""
+        """(d,) of length 1, on the CPU; None while no reward was seen. ridge: of the Gram matrix's mean diagonal."""
         gram, moment = self.gram.cpu(), self.moment.cpu()
         if not moment.any():
             return None
