@@ -11,16 +11,16 @@ def train(method, env, steps, stored_action=lambda action, previous: action):
     while taken < steps:
         action = method.act(step)
         after = env.step(action)
-        replay.add(
-            {
-                "observation": step.observation[:, -env.frame_shape[0] :],
-                "action": stored_action(action, previous),
-                "reward": after.reward,
-                "terminated": after.terminated,
-                "is_first": step.is_first,
-                "is_last": step.is_last,
-            }
-        )
+        rows = {
+            "observation": step.observation[:, -env.frame_shape[0] :],
+            "action": stored_action(action, previous),
+            "reward": after.reward,
+            "terminated": after.terminated,
+            "is_first": step.is_first,
+            "is_last": step.is_last,
+        }
+        method.observe(rows)
+        replay.add(rows)
         taken += int((~step.is_last).sum())
         step, previous = after, action
         while updates < method.config.updates_per_step * (taken - method.config.learning_start):
