@@ -222,9 +222,7 @@ class R2D2:
         return q(features[:, b:], action[:, b:], reward[:, b:], state)[0]
 
     @torch.no_grad()
-    def returns(
-        self, q: Tensor, values: Tensor, choice: Tensor, reward: Tensor, terminated: Tensor, mu: Tensor, mask: Tensor
-    ) -> Tensor:
+    def returns(self, q: Tensor, values: Tensor, choice: Tensor, reward: Tensor, terminated: Tensor, mu: Tensor, mask: Tensor) -> Tensor:
         """y, (B, T). q, values: (B, T + 1, A) of the online and the target network; choice .. mu: (B, T + 1); mask (B, T)."""
         c = self.config
         best, values = q.argmax(-1, keepdim=True), rescale_inverse(values)
