@@ -28,6 +28,7 @@ from urlfast.limits import check_limits
 from urlfast.losses import n_step_return, peng_q_lambda, rescale, rescale_inverse, retrace
 from urlfast.nets.encoders import copy_buffers
 from urlfast.nets.heads import DuelingQ
+from urlfast.nets.lstm import LSTM
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +82,7 @@ class RecurrentQ(nn.Module):
         super().__init__()
         self.num_actions, self.num_outputs, self.width = num_actions, num_outputs or num_actions, config.lstm
         self.torso = nn.Linear(num_features, config.torso) if config.torso else None
-        self.lstm = nn.LSTM((config.torso or num_features) + 1 + num_actions, config.lstm, batch_first=True)
+        self.lstm = LSTM((config.torso or num_features) + 1 + num_actions, config.lstm)
         self.head = DuelingQ(config.lstm, self.num_outputs, config.hidden)
         if self.torso is not None:
             nn.init.orthogonal_(self.torso.weight, gain=2**0.5)

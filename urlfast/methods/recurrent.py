@@ -26,7 +26,7 @@ from urlfast.learners.r2d2 import R2D2, Acted, R2D2Config, RecurrentQ, epsilons
 from urlfast.limits import check_limits
 from urlfast.methods import check_parts
 from urlfast.methods.agent import rules
-from urlfast.nets.encoders import Encoder, EncoderConfig, States
+from urlfast.nets.encoders import Encoder, EncoderConfig, States, blocks
 
 
 @dataclass(frozen=True)
@@ -144,6 +144,7 @@ class RecurrentAgent:
                 encoder = Encoder(config.encoder, observation_shape).to(self.device, memory_format=self.arithmetic.memory_format)
             else:
                 encoder = States(*observation_shape)
+            self.blocked = self.pixels and encoder.takes_blocks(*self.frame_shape[1:])
             q = RecurrentQ(config.learner, encoder.num_features, num_actions, num_outputs)
         random = torch.Generator().manual_seed(seed)  # of acting
         self.learner = R2D2(config.learner, encoder, q, self.arithmetic, random)
@@ -243,19 +244,29 @@ class RecurrentAgent:
         with self.arithmetic.autocast():
             return encoder(observation)
 
-    def encode_rows(self, encoder: nn.Module, frames: Tensor) -> Tensor:
-        """(B, L + frame_stack - 1, ...) -> (B, L, F)."""
+    def rows(self, frames: Tensor) -> Tensor:
+        """(B, L + frame_stack - 1, ...) -> (B, L, ...), each row's stack as `encode_rows` reads it: images in the encoder's dtype."""
+        if not self.pixels:
+            return stacked(frames, self.frame_stack)
+        if self.blocked:
+            return blocks(frames, self.frame_stack).to(self.arithmetic.dtype)  # 0..255 are exact in bfloat16
         rows = stacked(frames, self.frame_stack)
-        return self.encode(encoder, rows.flatten(0, 1)).unflatten(0, rows.shape[:2])
+        return to_float(rows.flatten(0, 1), self.arithmetic.dtype, self.arithmetic.memory_format).unflatten(0, rows.shape[:2])
+
+    def encode_rows(self, encoder: nn.Module, rows: Tensor) -> Tensor:
+        """(B, L, ...) as `rows` gives them -> (B, L, F)."""
+        with self.arithmetic.autocast():
+            features = (encoder.of_blocks if self.blocked else encoder)(rows.flatten(0, 1))
+        return features.unflatten(0, rows.shape[:2])
 
     def features(self, frames: Tensor) -> tuple[Tensor, Tensor]:
         """Of all rows under the encoder, with gradient after the burn-in, and under the target encoder: (B, L, F) each."""
-        encoder, target, b = self.learner.encoder, self.learner.encoder_target, self.config.learner.burn_in
+        rows, b = self.rows(frames), self.config.learner.burn_in
         with torch.no_grad():
-            ema = self.encode_rows(target, frames)
-            burnt_in = self.encode_rows(encoder, frames[:, : b + self.frame_stack - 1]) if b else ema[:, :0]
-        learned = self.encode_rows(encoder, frames[:, b:])
-        return (torch.cat([burnt_in, learned], 1) if b else learned), ema
+            target = self.encode_rows(self.learner.encoder_target, rows)
+            burnt_in = [self.encode_rows(self.learner.encoder, rows[:, :b])] if b else []
+        learned = self.encode_rows(self.learner.encoder, rows[:, b:])
+        return torch.cat([*burnt_in, learned], 1) if b else learned, target
 
     def update(self, batch: SimpleNamespace, reward: Tensor) -> dict[str, Tensor]:
         """The learner's gradient step on `reward` (B, L) and sequences as `sample` gives them; "priorities" are among the metrics."""
