@@ -1,8 +1,8 @@
 """R2D2's update, from sampling to the priorities that it writes back, beside an equivalent of deep_rl_zoo's learner (bench/peers.py).
 
-The preset's network (LSTM 512, stacks of 4 frames) on B 16 x T 80, without burn-in, and on its own B 64 x T 120, of which 40 rows are burnt
-in; in float32 and, where the processor has it, in bfloat16. The peer is float32 either way. Each contestant has a process to itself, because
-ours keeps the memory that it frees, as urlfast.train has it. Floor: the products of the update at the machine's peak.
+The preset's network (LSTM 512, stacks of 4 frames) on B 16 x T 80, without burn-in, and on its own B 64 x T 120, of which 40 rows are
+burnt in; in float32 and, where the processor has it, in bfloat16. The peer is float32 either way. Each contestant has a process to itself,
+because ours keeps the memory that it frees, as urlfast.train has it. Floor: the products of the update at the machine's peak.
 """
 
 from dataclasses import replace

@@ -96,7 +96,7 @@ def peng_q_lambda(reward: Tensor, discount: Tensor, next_value: Tensor, mask: Te
 
     reward, discount, next_value, mask: (B, T). Returns (B, T).
     """
-    trace = trace_lambda * torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], 1)
+    trace = trace_lambda * torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], 1).to(reward.dtype)
     return _accumulated(reward + discount * (1 - trace) * next_value, discount * trace)
 
 
