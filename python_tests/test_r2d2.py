@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import relu
 from toys import Catch, TMaze
 
-from urlfast.device import Arithmetic
+from urlfast.device import Arithmetic, has_bf16
 from urlfast.learners.r2d2 import R2D2, R2D2Config, RecurrentQ, before, epsilons
 from urlfast.methods.recurrent import RecurrentConfig, RecurrentTask, stacked
 from urlfast.nets.encoders import Encoder, EncoderConfig, blocks
@@ -131,6 +131,19 @@ def test_update_matches_the_reference(target, burn_in, num_outputs, weighted):
         torch.testing.assert_close(parameter.grad.double(), gradient, rtol=1e-3, atol=1e-5)
     if num_outputs > A:
         assert (np.bincount(choice[:, :-1][mask], minlength=A + 1) > 0)[A]  # the case that has two terms was there
+
+
+@pytest.mark.skipif(not has_bf16(torch.device("cpu")), reason="this processor has no bfloat16 products")
+@pytest.mark.parametrize("burn_in", [0, 2])
+def test_bfloat16_updates_as_float32_does(burn_in):
+    found = []
+    for precision in ("fp32", "bf16"):
+        got = learner(burn_in=burn_in, precision=precision)
+        b, reward, images = batch()
+        metrics, td = got.update(b, reward, got.encoder(images), got.encoder_target(images).detach())
+        found.append([metrics["q_loss"], td, *(p.grad for p in got.parameters)])
+    for exact, rounded in zip(*found, strict=True):
+        assert rounded.dtype == torch.float32 and (rounded - exact).norm() < 0.03 * exact.norm()
 
 
 def test_rows_that_do_not_exist_change_nothing():

@@ -24,12 +24,8 @@ from urlfast.methods.agent import LEARNED
 from urlfast.run import Run, UsageError, UserError, command
 from urlfast.train import DOMAINS, METHODS, PRESETS, TrainConfig, load, refusals, start, usage
 
-TASK = {
-    DrQConfig: "drq",
-    DDPGConfig: "ddpg",
-    DrQSACConfig: "drq-sac",
-    R2D2Config: "r2d2",
-}  # the method that learns from the reward, by the pre-trained learner
+# The method that learns from the reward, by the pre-trained learner.
+TASK = {DrQConfig: "drq", DDPGConfig: "ddpg", DrQSACConfig: "drq-sac", R2D2Config: "r2d2"}
 STEPS = {"atari": 100_000, "dmc": 100_000}  # of Atari-100k, and of URLB
 
 

@@ -104,9 +104,9 @@ class RecurrentQ(nn.Module):
 
     def unroll(self, inputs: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """(B, L, .) from `state` (B, 2, H) on: the LSTM's outputs (B, L, H), and the state after the last."""
-        h, c = (part[None].contiguous() for part in state.to(inputs.dtype).unbind(1))
+        h, c = (part[None].contiguous() for part in state.unbind(1))
         outputs, (h, c) = self.lstm(inputs, (h, c))
-        return outputs, torch.stack([h[0], c[0]], 1).float()
+        return outputs, torch.stack([h[0].float(), c[0].float()], 1)
 
     def forward(self, features: Tensor, previous_action: Tensor, previous_reward: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """Q of every row, (B, L, num_outputs) float32, and the state after the last."""
@@ -155,6 +155,7 @@ class R2D2:
         self.config, self.arithmetic, self.generator = config, arithmetic, generator
         self.encoder, self.q = encoder, q.to(arithmetic.device)
         self.encoder_target, self.q_target = (copy.deepcopy(net).requires_grad_(False) for net in (self.encoder, self.q))
+        self.q_target.lstm.flatten_parameters()  # cuDNN wants them in one piece, and a copy has lost that
         self.parameters = [*self.encoder.parameters(), *self.q.parameters()]
         self.target_parameters = [*self.encoder_target.parameters(), *self.q_target.parameters()]
         self.optim = adam(self.parameters, config.lr, config.adam_eps, arithmetic.device)
