@@ -9,8 +9,8 @@ class LSTM(nn.LSTM):
     """torch's, one layer, batch first: (B, L, I) and float32 (1, B, H) twice -> (B, L, H) and the state after.
 
     Under autocast on a CPU, with a gradient, it is `Unrolled`: oneDNN's backward pass takes as long in bfloat16 as in float32 (B 16, L 80,
-    H 512, one thread of a Zen 5: 215 ms forward and back, here 150). On a GPU it is cuDNN's in float32, since torch's autocast would make it
-    float16, whatever it was asked for.
+    H 512, one thread with AVX512-BF16: 215 ms forward and back, here 150). On a GPU it is cuDNN's in float32: torch's autocast would make
+    it float16, whatever it was asked for.
     """
 
     def __init__(self, num_inputs: int, width: int):
