@@ -7,15 +7,13 @@ frees, as urlfast.train has it: beside it the peer would find its hundreds of me
 Floor: the products of the update at the machine's peak.
 """
 
-import contextlib
-import multiprocessing
 from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import torch
 
-from bench.harness import Case, Work, equal_threads, optional
+from bench.harness import Case, Work, apart, optional
 from bench.peers import URLBAPT, URLBReplay
 from urlfast.device import has_bf16, keep_freed_memory
 from urlfast.envs.dmc import DMCConfig, make_dmc
@@ -152,32 +150,6 @@ def urlb_loop():
         return urlb.update(*replay.sample(CONFIG.batch_size))
 
     return call
-
-
-def apart(make, threads):
-    """The contestant in a process of its own, which ends when nobody holds the call any more."""
-
-    def made(*inputs):
-        spawn = multiprocessing.get_context("spawn")
-        here, there = spawn.Pipe()
-        spawn.Process(target=serve, args=(there, make, threads, inputs), daemon=True).start()
-        there.close()
-
-        def call():
-            here.send(None)
-            return here.recv()
-
-        return call
-
-    return made
-
-
-def serve(pipe, make, threads, inputs):
-    with equal_threads(threads), contextlib.suppress(EOFError):
-        call = make(*inputs)
-        while True:
-            pipe.recv()
-            pipe.send({name: float(value) for name, value in call().items() if value.numel() == 1})
 
 
 def check(results):

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import gc
 import importlib
+import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -141,6 +142,32 @@ def equal_threads(count: int) -> Iterator[None]:
         finally:
             torch.set_num_threads(before[0])
             urlfast.set_num_threads(before[1])
+
+
+def apart(make, threads):
+    """The contestant in a process of its own, which ends when nobody holds the call any more."""
+
+    def made(*inputs):
+        spawn = multiprocessing.get_context("spawn")
+        here, there = spawn.Pipe()
+        spawn.Process(target=_serve, args=(there, make, threads, inputs), daemon=True).start()
+        there.close()
+
+        def call():
+            here.send(None)
+            return here.recv()
+
+        return call
+
+    return made
+
+
+def _serve(pipe, make, threads, inputs):
+    with equal_threads(threads), contextlib.suppress(EOFError):
+        call = make(*inputs)
+        while True:
+            pipe.recv()
+            pipe.send({name: float(value) for name, value in call().items() if value.numel() == 1})
 
 
 def time_wall(call: Call, loops: int) -> float:

@@ -22,7 +22,16 @@ every 8,000th, the reward looks one step ahead, and the variance is the populati
     target           -              one tensor after the other
 
 It repeats nothing else. Left out: what it only logs. `of_next` rewards o_{t+3} instead, as our preset does.
-python_tests/test_peers.py holds the values of both against our own update's.
+
+`ZooR2D2` is an equivalent of the R2D2 learner of michaelnny/deep_rl_zoo, with the network of our preset, in float32 and time-major:
+
+    batch            sequences of whole stacks, one array for each, put together in NumPy; all to float32, and over 255 in each network
+    burn-in          both networks on the rows before, without gradient
+    loss             the online network with gradient, the target network without, on the other rows; n-step double Q under h
+    after            clip, Adam; priorities to the replay
+
+It repeats nothing. Its release has no linear layer between convolutions and LSTM, which would make it slower, and weighs by importance.
+python_tests/test_peers.py holds the values of all three against our own update's.
 """
 
 import collections
@@ -36,7 +45,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
+from urlfast.losses import rescale
 from urlfast.methods.apt import APT
+from urlfast.methods.recurrent import RecurrentTask
 
 CONV = ((32, 8, 4), (64, 4, 2), (64, 3, 1))  # channels, kernel, stride
 
@@ -400,3 +411,107 @@ class URLBReplay:
     def sample(self, batch_size: int) -> list[Tensor]:
         rows = self.random.integers(min(self.added, self.capacity), size=batch_size)
         return [torch.from_numpy(column[rows]) for column in self.columns]
+
+
+class ZooNet(nn.Module):
+    def __init__(self, num_actions: int, channels: int, side: int, conv, torso: int, lstm: int, hidden: int):
+        super().__init__()
+        self.num_actions = num_actions
+        self.body = MiniEncoder(conv, channels, side, torso)
+        self.lstm = nn.LSTM(torso + 1 + num_actions, lstm)
+        self.advantage = nn.Sequential(nn.Linear(lstm, hidden), nn.ReLU(), nn.Linear(hidden, num_actions))
+        self.value = nn.Sequential(nn.Linear(lstm, hidden), nn.ReLU(), nn.Linear(hidden, 1))
+
+    def forward(self, images: Tensor, last_action: Tensor, reward: Tensor, state) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """images (T, B, C, H, W) float32; last_action, reward (T, B) -> Q (T, B, A), state."""
+        T, B = reward.shape
+        h = F.relu(self.body.project(images.flatten(0, 1) / 255.0))
+        seen = [h, rescale(reward).view(T * B, 1), F.one_hot(last_action.view(-1) + 1, self.num_actions + 1)[:, 1:].float()]
+        h, state = self.lstm(torch.cat(seen, -1).view(T, B, -1), state)
+        advantage = self.advantage(h)
+        return self.value(h) + advantage - advantage.mean(-1, keepdim=True), state
+
+
+class ZooR2D2:
+    """See above. Arrays are time-major; reward_t and done_t belong to the step that led to row t, as there."""
+
+    def __init__(self, num_actions: int, *, channels=4, side=84, conv=CONV, torso=512, lstm=512, hidden=512, lr=1e-4, eps=1e-3):
+        self.online = ZooNet(num_actions, channels, side, conv, torso, lstm, hidden)
+        self.target = frozen(self.online)
+        self.optimizer = torch.optim.Adam(self.online.parameters(), lr=lr, eps=eps)
+        self.gamma, self.n_step, self.burn_in, self.max_grad_norm = 0.997, 5, 40, 40.0
+
+    @torch.no_grad()
+    def take_weights(self, ours: RecurrentTask) -> None:
+        learner = ours.agent.learner
+        for net, encoder, q in ((self.online, learner.encoder, learner.q), (self.target, learner.encoder_target, learner.q_target)):
+            convolutions = [layer for layer in net.body.conv if isinstance(layer, nn.Conv2d)]
+            for theirs, mine in zip([*convolutions, net.body.head], [*encoder.conv, q.torso], strict=True):
+                theirs.load_state_dict(mine.state_dict())
+            net.lstm.load_state_dict(q.lstm.state_dict())
+            for name, both in q.head.hidden.named_parameters():  # ours holds both streams' hidden layers as one
+                for stream, half in zip((net.value, net.advantage), both.chunk(2), strict=True):
+                    getattr(stream[0], name).copy_(half)
+            net.value[2].load_state_dict(q.head.value.state_dict())
+            net.advantage[2].load_state_dict(q.head.advantage.state_dict())
+
+    def update(self, batch: dict[str, np.ndarray]) -> tuple[dict[str, Tensor], np.ndarray]:
+        """Metrics, and priorities (B,)."""
+        rows = {name: torch.from_numpy(array) for name, array in batch.items()}
+        states = rows["h"][:1], rows["c"][:1]
+        online_state, target_state = states, states
+        b = self.burn_in
+        if b:
+            images = rows["observation"][:b].to(torch.float32)
+            with torch.no_grad():
+                online_state = self.online(images, rows["last_action"][:b], rows["reward"][:b], states)[1]
+                target_state = self.target(images, rows["last_action"][:b], rows["reward"][:b], states)[1]
+        images, last_action, reward = rows["observation"][b:].to(torch.float32), rows["last_action"][b:], rows["reward"][b:]
+        self.optimizer.zero_grad()
+        q, _ = self.online(images, last_action, reward, online_state)
+        with torch.no_grad():
+            best = q.argmax(-1)
+            q_target, _ = self.target(images, last_action, reward, target_state)
+            y = self.targets(q_target.gather(-1, best[..., None]).squeeze(-1), reward, rows["done"][b:])
+        error = y - q[:-1].gather(-1, rows["action"][b:-1, :, None]).squeeze(-1)
+        loss = (0.5 * error.square().sum(0)).mean()
+        loss.backward()
+        clip_grad_norm_(self.online.parameters(), self.max_grad_norm)
+        self.optimizer.step()
+        size = error.detach().abs()
+        return {"q_loss": loss.detach(), "q_target": y.mean()}, (0.9 * size.amax(0) + 0.1 * size.mean(0)).numpy()
+
+    def targets(self, value: Tensor, reward: Tensor, done: Tensor, eps: float = 1e-3) -> Tensor:
+        """(T, B): n-step returns under h, of values (T + 1, B) that come in its scale."""
+        value = value.sign() * ((((1 + 4 * eps * (value.abs() + 1 + eps)).sqrt() - 1) / (2 * eps)).square() - 1)
+        T, n = len(value) - 1, self.n_step
+        going_on = self.gamma * (~done).float()
+        target = torch.cat([value[n:], value[-1:].expand(n - 1, -1)]) if T >= n else value[-1:].expand(T, -1)
+        for i in reversed(range(n)):  # the step that leads to row t + i + 1, where there is one
+            within = torch.arange(T)[:, None] + i < T
+            step = (torch.arange(T) + i + 1).clamp(max=T)
+            target = torch.where(within, reward[step] + going_on[step] * target, target)
+        return target.sign() * ((target.abs() + 1).sqrt() - 1) + eps * target
+
+
+class ZooReplay:
+    """Sequences as dicts of time-major arrays, drawn by priority; a batch is stacked anew."""
+
+    def __init__(self, exponent: float):
+        self.exponent, self.random = exponent, np.random.default_rng(0)
+        self.sequences: list[dict[str, np.ndarray]] = []
+        self.priorities: list[float] = []
+
+    def add(self, sequence: dict[str, np.ndarray]) -> None:
+        self.sequences.append(sequence)
+        self.priorities.append(1.0)
+
+    def sample(self, batch_size: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        p = np.array(self.priorities) ** self.exponent
+        indices = self.random.choice(len(p), batch_size, p=p / p.sum())
+        drawn = [self.sequences[i] for i in indices]
+        return indices, {name: np.stack([sequence[name] for sequence in drawn], axis=1) for name in drawn[0]}
+
+    def update_priorities(self, indices: np.ndarray, priorities: np.ndarray) -> None:
+        for i, priority in zip(indices, priorities, strict=True):
+            self.priorities[i] = float(priority)

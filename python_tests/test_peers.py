@@ -10,11 +10,13 @@ import torch
 
 from urlfast.learners.ddpg import DDPGConfig
 from urlfast.learners.drq import DrQConfig
+from urlfast.learners.r2d2 import R2D2Config
 from urlfast.methods.apt import APT, APTConfig, ContrastiveConfig, ICMConfig
+from urlfast.methods.recurrent import RecurrentConfig, RecurrentTask
 from urlfast.nets.encoders import EncoderConfig
 
 sys.path.append(str(Path(__file__).parents[1]))
-from bench.peers import URLBAPT, MiniAPT, MiniReplay, URLBReplay, grid_shift
+from bench.peers import URLBAPT, MiniAPT, MiniReplay, URLBReplay, ZooR2D2, ZooReplay, grid_shift
 
 CONV, B, ACTIONS, K = ((8, 8, 4), (8, 4, 2)), 8, 3, 5
 
@@ -171,3 +173,58 @@ def test_urlb_acts_and_replays():
     observation, action, following, discount = replay.sample(5)
     assert observation.shape == (5, 4) and action.shape == (5, 2) and discount.shape == (5, 1)
     assert torch.equal(following, observation + 3) and observation.min() >= 2  # the first two have left
+
+
+@pytest.mark.parametrize("burn_in", [0, 3])
+def test_zoo_has_our_loss_gradients_and_priorities(burn_in):
+    T, side, width = 9, 36, 12
+    learner = R2D2Config(torso=width, lstm=width, hidden=width, burn_in=burn_in)
+    config = RecurrentConfig(EncoderConfig(conv=CONV), learner, trace_length=T, period=T, batch_size=B, precision="fp32")
+    ours = RecurrentTask(config, (4, side, side), ACTIONS, seed=0, frame_stack=4)
+    for parameter in ours.agent.learner.target_parameters:
+        parameter.mul_(1.1)
+    peer = ZooR2D2(ACTIONS, side=side, conv=CONV, torso=width, lstm=width, hidden=width)
+    peer.burn_in = burn_in
+    peer.take_weights(ours)
+    rng, L = np.random.default_rng(0), burn_in + T + 1
+    frames = rng.integers(0, 256, (B, L + 3, 1, side, side), np.uint8)
+    done = np.zeros((B, L), bool)
+    done[::2, -2] = True  # the last transition is terminal
+    rows = {"action": rng.integers(0, ACTIONS, (B, L)), "reward": rng.normal(size=(B, L)).astype(np.float32), "terminated": done}
+    before = {"previous_action": rng.integers(-1, ACTIONS, B), "previous_reward": rng.normal(size=B).astype(np.float32)}
+    state = rng.normal(size=(B, 2, width)).astype(np.float32)
+    arrays = {"frames": frames, **rows, **before, "state": state, "mask": np.ones((B, L - 1), bool), "mu": np.ones((B, L), np.float32)}
+    mine = ours.gradient_step(**{name: torch.from_numpy(array) for name, array in arrays.items()})
+
+    def led_to(first, column):  # of the step that led to a row
+        return np.ascontiguousarray(np.concatenate([first[:, None], column[:, :-1]], 1).T)
+
+    theirs, priorities = peer.update({
+        "observation": np.stack([frames[:, t : t + 4, 0] for t in range(L)]),
+        "action": rows["action"].T,
+        "last_action": led_to(before["previous_action"], rows["action"]),
+        "reward": led_to(before["previous_reward"], rows["reward"]),
+        "done": led_to(np.zeros(B, bool), done),
+        "h": np.repeat(state[None, :, 0], L, 0),
+        "c": np.repeat(state[None, :, 1], L, 0),
+    })  # fmt: skip
+    for name, value in theirs.items():
+        torch.testing.assert_close(mine[name], value, rtol=1e-3, atol=1e-4)  # the peer's inverse of h is the one that cancels
+    td = mine["priorities"].numpy()
+    np.testing.assert_allclose(priorities, 0.9 * td.max(1) + 0.1 * td.mean(1), rtol=1e-3, atol=1e-4)
+    q = ours.agent.learner.q
+    gradients = [*(layer.weight.grad for layer in ours.agent.learner.encoder.conv), q.torso.weight.grad, q.lstm.weight_hh_l0.grad]
+    convolutions = [layer for layer in peer.online.body.conv if isinstance(layer, torch.nn.Conv2d)]
+    expected = [*(layer.weight.grad for layer in convolutions), peer.online.body.head.weight.grad, peer.online.lstm.weight_hh_l0.grad]
+    for a, b in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(a.contiguous(), b, rtol=1e-2, atol=1e-4)
+
+
+def test_zoo_replays_by_priority():
+    replay = ZooReplay(1.0)
+    for i in range(3):
+        replay.add({"x": np.full(4, i)})
+    replay.update_priorities(np.array([0, 1]), np.array([0.0, 3.0]))
+    indices, drawn = replay.sample(400)
+    assert drawn["x"].shape == (4, 400) and (drawn["x"] == indices).all()
+    assert not (indices == 0).any() and abs((indices == 1).mean() - 0.75) < 0.1

@@ -39,6 +39,9 @@ class Control:
                 return self.learner.uniform(len(step.is_last)).numpy()
         return self.learner.act(torch.from_numpy(step.observation), None, self.learner.exploration(self.steps) if explore else 0.0)[0]
 
+    def observe(self, rows):
+        pass
+
     def update(self, replay):
         b = replay.sample(self.batch_size)
         rows = {

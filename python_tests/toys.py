@@ -165,3 +165,50 @@ class Grid(_Toy):
         """Those of all cells, (side * side, 2 * side)."""
         row, column = np.divmod(np.arange(self.side**2), self.side)
         return np.concatenate([self._one_hot[row], self._one_hot[column]], 1)
+
+
+class TMaze(VectorEnv):
+    """A corridor with a junction at its end; what the first observation shows, and no later one, says which way is right there.
+
+    Observations: one-hot of cue up, cue down, corridor, junction. Actions: forward, up, down. A step into a wall costs 0.1, the right turn
+    pays 1 and the wrong one -1, and both end the episode; so does the 20th step, which is no terminal. Without memory half of the turns are
+    right.
+    """
+
+    frame_shape, observation_shape, frame_stack, action_repeat, num_actions, limit = (4,), (4,), 1, 1, 3, 20
+
+    def __init__(self, num_envs=1, seed=0, corridor=10):
+        self.num_envs, self.corridor, self._seed = num_envs, corridor, seed
+        self._episodes = Episodes(num_envs)
+
+    def _begin(self, which):
+        self._at[which] = 0
+        self._cue[which] = self._rng.integers(0, 2, which.sum())
+
+    def _reset(self, seed):
+        if seed is not None:
+            self._rng = np.random.default_rng(seed)
+        self._at, self._cue = np.zeros((2, self.num_envs), np.int64)
+        everywhere = np.ones(self.num_envs, bool)
+        self._begin(everywhere)
+        return self._episodes.reset(self._shown(everywhere))
+
+    def _send(self, actions):
+        self._actions = actions
+
+    def _recv(self):
+        is_first = self._episodes.is_last
+        junction, forward = self._at == self.corridor, self._actions == 0
+        turned = junction & ~forward
+        reward = np.where(turned, np.where(self._actions - 1 == self._cue, 1.0, -1.0), np.where(junction == forward, -0.1, 0.0))
+        self._at += forward & ~junction
+        last = turned | (self._episodes.length + 1 >= self.limit)
+        self._begin(is_first)
+        return self._episodes.step(self._shown(is_first), reward, turned, last)
+
+    def _shown(self, is_first):
+        seen = np.where(is_first, self._cue, np.where(self._at == self.corridor, 3, 2))
+        return np.eye(4, dtype=np.float32)[seen]
+
+    def _close(self):
+        pass

@@ -160,7 +160,10 @@ def greedy(method, epsilon: float, actions: int | tuple[int, ...], random: np.ra
         action = method.act(step, explore=False)
         if not isinstance(actions, int):
             return action
-        return np.where(random.random(len(action)) < epsilon, at_random(step), action)
+        action = np.where(random.random(len(action)) < epsilon, at_random(step), action)
+        if hasattr(method, "took"):
+            method.took(action)  # one that remembers what it did
+        return action
 
     return policy
 

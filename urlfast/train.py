@@ -28,6 +28,7 @@ from urlfast.info import hardware
 from urlfast.learners.drq import DrQConfig
 from urlfast.methods.aps import APS, APSConfig, APSTask, APSTaskConfig
 from urlfast.methods.apt import APT, APTConfig
+from urlfast.methods.recurrent import RecurrentConfig, RecurrentTask
 from urlfast.methods.task import Task, TaskConfig
 from urlfast.run import (
     Metrics,
@@ -66,8 +67,9 @@ class TrainConfig:
                 raise ValueError(f"{name}: must be less than 2^63, got {getattr(self, name)}")
 
 
-METHODS = {"apt": APT, "aps": APS, "drq": Task, "drq-sac": Task, "ddpg": Task, "aps-task": APSTask}
+METHODS = {"apt": APT, "aps": APS, "drq": Task, "drq-sac": Task, "ddpg": Task, "r2d2": RecurrentTask, "aps-task": APSTask}
 DOMAINS = {"atari": make_atari, "dmc": make_dmc, "gym": make_gym}
+FULL = AtariConfig(full_action_set=True, life_loss_terminal=False)  # R2D2's protocol
 WALKER, PIXELS = DMCConfig(task="walker_walk", num_envs=1), DMCConfig(observation="pixels")
 PRESETS = {  # the first of a pair is its default
     ("apt", "atari"): {
@@ -83,6 +85,10 @@ PRESETS = {  # the first of a pair is its default
     ("drq", "atari"): {"paper": TrainConfig(TaskConfig(), AtariConfig(num_envs=1), steps=100_000)},
     ("drq-sac", "dmc"): {"paper": TrainConfig(TaskConfig.sac(), replace(PIXELS, task="walker_walk", num_envs=1), steps=250_000)},
     ("ddpg", "dmc"): {"urlb": TrainConfig(TaskConfig.ddpg(), WALKER, steps=2_000_000)},
+    ("r2d2", "atari"): {
+        "paper": TrainConfig(RecurrentConfig(), replace(FULL, num_envs=256), steps=2_500_000_000),
+        "small": TrainConfig(RecurrentConfig.small(), replace(FULL, num_envs=16), steps=5_000_000),
+    },
     # What `urlfast transfer` makes of an APS run; from scratch, phi is random.
     ("aps-task", "atari"): {"paper": TrainConfig(APSTaskConfig.on(TaskConfig()), AtariConfig(num_envs=1), steps=100_000)},
     ("aps-task", "dmc"): {"urlb": TrainConfig(APSTaskConfig.on(TaskConfig.ddpg()), WALKER, steps=100_000)},
@@ -104,6 +110,7 @@ for method, configs in {  # of any environment of gymnasium: which one is the de
     "drq": dict.fromkeys(("discrete", "discrete-pixels"), replace(TaskConfig(), reward_clip=None)),
     "drq-sac": dict.fromkeys(("continuous", "continuous-pixels"), TaskConfig.sac()),
     "ddpg": dict.fromkeys(("continuous", "continuous-pixels"), TaskConfig.ddpg()),
+    "r2d2": dict.fromkeys(("discrete", "discrete-pixels"), RecurrentConfig.toy()),
     "aps-task": {
         kind: APSTaskConfig.on(replace(TaskConfig(), reward_clip=None) if kind.startswith("discrete") else TaskConfig.ddpg())
         for kind in ("discrete", "discrete-pixels", "continuous", "continuous-pixels")
@@ -289,12 +296,12 @@ def make(method: str, domain: str, config: TrainConfig):
     """(method, environment) of a config. What their own checks refuse is the user's to mend: UserError."""
     with refusals():
         env = DOMAINS[domain](config.env, seed=config.seed)
-        first = env.num_envs * (getattr(config.method, "n_step", 1) + 1)  # steps until every environment has a whole window
+        sequences = getattr(config.method, "sequence_length", None)
+        first = env.num_envs * (sequences or getattr(config.method, "n_step", 1) + 1)  # steps until every environment has a whole window
         if config.method.learning_start < first:
             env.close()
-            raise ValueError(
-                f"learning_start: must be at least {first}, the first windows of n_step steps, got {config.method.learning_start}"
-            )
+            of = f"sequences of {sequences}" if sequences else "windows of n_step"
+            raise ValueError(f"learning_start: must be at least {first}, the first {of} steps, got {config.method.learning_start}")
         return make_method(method, config, env), env
 
 
@@ -415,10 +422,11 @@ def farewell(run: Run, stopped: str | None) -> int:
 
 def seconds_per_update(agent, env) -> float:
     """Measured here, on noise; the method has then learned it."""
-    replay = agent.make_replay(1, ROWS := 512)
+    rows_needed = max(512, 2 * getattr(agent.config, "sequence_length", 0))
+    replay = agent.make_replay(1, rows_needed)
     random, pixels = np.random.default_rng(0), len(env.frame_shape) == 3
     action = np.zeros(1, np.int64) if isinstance(env.actions, int) else np.zeros((1, *env.actions), np.float32)
-    for row in range(ROWS):
+    for row in range(rows_needed):
         shape = (1, *env.frame_shape)
         frame = random.integers(0, 256, shape, np.uint8) if pixels else random.standard_normal(shape, np.float32)
         rows = {"observation": frame, "action": action, "reward": np.zeros(1, np.float32), "is_first": np.array([row == 0])}

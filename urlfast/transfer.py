@@ -18,12 +18,14 @@ from urlfast.envs.dmc_tasks import domain_of
 from urlfast.learners.ddpg import DDPGConfig
 from urlfast.learners.drq import DrQConfig
 from urlfast.learners.drq_sac import DrQSACConfig
+from urlfast.learners.r2d2 import R2D2Config
 from urlfast.methods import FREEZE, LOAD, RESET, transfer
 from urlfast.methods.agent import LEARNED
 from urlfast.run import Run, UsageError, UserError, command
 from urlfast.train import DOMAINS, METHODS, PRESETS, TrainConfig, load, refusals, start, usage
 
-TASK = {DrQConfig: "drq", DDPGConfig: "ddpg", DrQSACConfig: "drq-sac"}  # the method that learns from the reward, by the pre-trained learner
+# The method that learns from the reward, by the pre-trained learner.
+TASK = {DrQConfig: "drq", DDPGConfig: "ddpg", DrQSACConfig: "drq-sac", R2D2Config: "r2d2"}
 STEPS = {"atari": 100_000, "dmc": 100_000}  # of Atari-100k, and of URLB
 
 

@@ -15,4 +15,6 @@ The contract, which every learner keeps and no base class enforces:
         One gradient step on `reward` (B,). `online` holds M views of o_t, detached leaves whose .grad the learner fills; `target` holds K
         pairs of views of o_{t+m}: (online-encoded, EMA-encoded). Metrics and priorities are tensors: nothing here waits for the device.
     state_dict() / load_state_dict(state)
+
+R2D2, which learns from sequences and remembers, differs in what memory asks for; its file says how.
 """

@@ -5,6 +5,7 @@ The contract, which every method keeps and no base class enforces:
     M(config, observation_shape, actions, *, device, seed, frame_stack)     actions: how many there are, or the shape of a vector in -1..1
     make_replay(num_envs, steps) -> SequenceReplay    act(step, explore=True) -> actions    update(replay) -> metrics
     observe(rows)                           rows about to be stored, to which it may add columns of its own
+    took(actions)                           of a method that remembers what it did: the actions executed, where act's were not
     state_dict() / load_state_dict(state)   {part: state}; loading wants exactly the parts that saving gives
     load_part(part, state)   freeze(part)   what a transfer does with one of them
     TRANSFER[rule]           {part: LOAD | FREEZE | RESET} for every part that the method saves

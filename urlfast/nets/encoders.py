@@ -90,8 +90,25 @@ class Encoder(nn.Module):
                 parametrize.register_parametrization(layer, "weight", SpectralNorm(layer.weight))
 
     def forward(self, images: Tensor) -> Tensor:
-        h = images - self.mean if self.mean else images
-        for layer in self.conv:
+        return self.after_first(self.conv[0](images - self.mean if self.mean else images))
+
+    def takes_blocks(self, height: int, width: int) -> bool:
+        """Whether `of_blocks` can stand for the forward pass on images of this size."""
+        layer = self.conv[0]
+        return not self.mean and not any(n % BLOCK for n in (height, width, layer.kernel_size[0], layer.stride[0]))
+
+    def of_blocks(self, blocked: Tensor) -> Tensor:
+        """The forward pass on images as `blocks` lays them out, (B, H / 4, W / 4, C * 16), and in 0..255."""
+        layer = self.conv[0]
+        outputs, channels, kernel, _ = layer.weight.shape
+        weight = layer.weight.view(outputs, channels, kernel // BLOCK, BLOCK, kernel // BLOCK, BLOCK).permute(0, 1, 3, 5, 2, 4)
+        weight = (weight / 255).reshape(outputs, channels * BLOCK**2, kernel // BLOCK, kernel // BLOCK)
+        return self.after_first(F.conv2d(blocked.permute(0, 3, 1, 2), weight, layer.bias, layer.stride[0] // BLOCK))
+
+    def after_first(self, h: Tensor) -> Tensor:
+        """Of the first convolution's result."""
+        h = self.activation(h, inplace=True)
+        for layer in self.conv[1:]:
             h = self.activation(layer(h), inplace=True)
         if h.requires_grad and h.is_contiguous(memory_format=torch.channels_last):
             h.register_hook(channels_last)  # flatten's gradient lies otherwise, and an activation's backward is slow on two layouts
@@ -100,6 +117,21 @@ class Encoder(nn.Module):
             return h
         with torch.autocast(h.device.type, enabled=False):
             return torch.tanh(self.norm(self.linear(h.float())))
+
+
+BLOCK = 4  # side of the squares of pixels that `blocks` makes channels of
+
+
+def blocks(frames: Tensor, depth: int) -> Tensor:
+    """Stacks of frames for `Encoder.of_blocks`, (B, L + depth - 1, C, H, W) uint8 -> (B, L, H / 4, W / 4, depth * C * 16) uint8.
+
+    Row t's stack is of the frames t .. t + depth - 1, oldest first, and each square of 4 x 4 pixels lies together, so that a stack is put
+    together by copying 16 bytes at a time: 7x faster than stacking pixels as the channels that they are.
+    """
+    B, n, C, H, W = frames.shape
+    squares = frames.reshape(B, n, C, H // BLOCK, BLOCK, W).view(torch.int32)  # four pixels of a line
+    squares = squares.permute(0, 1, 3, 5, 2, 4).contiguous().view(torch.complex128).squeeze(-1)  # (B, n, H / 4, W / 4, C)
+    return squares.unfold(1, depth, 1).transpose(-2, -1).contiguous().view(torch.uint8).flatten(-2)
 
 
 def channels_last(gradient: Tensor) -> Tensor:
