@@ -33,7 +33,7 @@ from urlfast.run import Run, UserError, command, human_bytes, human_time, open_p
 from urlfast.tables import UNITS, Number, Table, over_tasks
 
 LEARNERS = {"drq": "DrQ", "drq-sac": "DrQ-SAC", "ddpg": "DDPG", "aps-task": "APS's task"}  # on the environment's own reward
-METHODS = {"apt": "APT", "aps": "APS"} | LEARNERS
+METHODS = {"apt": "APT", "aps": "APS", "ngu": "NGU", "cpt": "CPT"} | LEARNERS
 BESIDE = {
     "seed",
     "env.game",
@@ -53,6 +53,7 @@ NBSP = "\u00a0"
 WHOLE = 12  # runs of which a page shows all; of more, it compares them
 FEW = 4  # tasks, up to which more is drawn of each than its score
 FILMS = 4  # videos beside each other
+ROOMS = 12  # that are drawn of a game
 FILM = re.compile(r"step-([0-9]{9,18})\.mp4")
 VIDEO_LIMIT = 48_000_000  # bytes; base64 adds a third
 VIDEO_PIXELS = 4_000_000  # of a frame
@@ -207,15 +208,17 @@ def read_all(runs: Sequence[str | Path]) -> list[Story]:
     return [replace(read(run, whole=len(rows) <= WHOLE), row=row) for run, row in rows]
 
 
-COUNTS = ("frames", "success", "state_entropy", "unique_states", "unique_places", "frames_of_unique_states")
+COUNTS = ("frames", "success", "state_entropy", "unique_states", "unique_places", "unique_rooms", "frames_of_unique_states")
 
 
 def _evaluation(entry: dict) -> dict:
     """An entry of results.json; ValueError where a number that is drawn is none."""
     returns, coverage = entry["returns"], [*(entry.get("coverage") or []), *(entry.get("places") or [])]
     counted = [entry[name] for name in COUNTS if entry.get(name) is not None]
-    physics = entry.get("physics") or []
-    numbers = [*returns, *counted, *(number for point in (*coverage, *physics) for number in point)]
+    physics, visited = entry.get("physics") or [], entry.get("visited") or []
+    numbers = [*returns, *counted, *(number for point in (*coverage, *physics, *visited) for number in point)]
+    if any(len(place) != 5 for place in visited):
+        raise ValueError("places that are no level, room, x, y and steps")
     if len({len(state) for state in physics}) > 1:
         raise ValueError("physical states of unequal lengths")
     if not 0 < len(returns) <= 100_000 or not all(map(_plottable, numbers)) or any(len(point) != 2 for point in coverage):
@@ -247,7 +250,8 @@ def _columns(lines: list[dict]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 def load_particles(run: Run, count: int = PARTICLES) -> Particles | None:
     """Observations drawn from a run's replay, with the encoding and the reward that its newest valid checkpoint gives them.
 
-    None for a method without an intrinsic reward. Changes nothing: the replay is opened read-only, and no running statistic moves.
+    None for a method without an intrinsic reward, or whose reward hangs on its episode. Changes nothing: the replay is opened read-only,
+    and no running statistic moves.
     Raises UserError where the run has no checkpoint that can be read, or nothing in its replay yet.
     """
     if run.config.get("method") in LEARNERS:
@@ -255,8 +259,10 @@ def load_particles(run: Run, count: int = PARTICLES) -> Particles | None:
     import torch
 
     from urlfast.checkpoint import read_latest
-    from urlfast.train import DOMAINS, check_replay, load, make_method, refusals
+    from urlfast.train import DOMAINS, METHODS, check_replay, load, make_method, refusals
 
+    if not hasattr(METHODS.get(run.config.get("method")), "intrinsic_reward"):
+        return None
     checkpoint = read_latest(run.folder, replay=True, say=lambda text: print(text, file=sys.stderr))
     replay = checkpoint.load_replay(read_only=True)
     if replay.sampleable < BATCH:
@@ -514,6 +520,8 @@ def learning(story: Story) -> str:
             bounds=(0, 1),
         ),
         curve(story, "contrastive_loss", "Contrastive loss", "NT-Xent between two augmented views of one observation."),
+        curve(story, "inverse_accuracy", "Inverse accuracy", "How often the action is read off the embeddings around it.", bounds=(0, 1)),
+        curve(story, "rnd_loss", "RND loss", "Error of the network that learns to predict a random one: it falls where nothing is new."),
         curve(story, "inverse_error", "Inverse error", "Distance of the actions read off two observations to those taken."),
         curve(story, "forward_error", "Forward error", "Distance of the predicted features of the next observation to what they are."),
         curve(
@@ -546,10 +554,13 @@ def reward_bands(story: Story) -> str:
     )
     chart.band(steps, q[:, 0], q[:, 4], "s0").band(steps, q[:, 1], q[:, 3], "s0 inner").line(steps, q[:, 2], "s0", "median")
     chart.ends += [(float(chart.place(0, q[-1, i])[1]), name, "other") for i, name in ((0, "5 %"), (1, "25 %"), (3, "75 %"), (4, "95 %"))]
+    reward, when = "the particle-entropy reward", "is computed anew at each update, with the encoder of that moment"
+    if story.config.get("method") in ("ngu", "cpt"):
+        reward, when = "NGU's reward", "was computed when the agent was there, as it hangs on what the episode had seen"
     return figure(
         chart.svg(),
-        "Distribution of the particle-entropy reward within the training batches: median, the middle half (dark) and 5 to 95 % (light). It "
-        "is computed anew at each update, with the encoder of that moment; a wide band means that states differ in how rare they are.",
+        f"Distribution of {reward} within the training batches: median, the middle half (dark) and 5 to 95 % (light). It {when}; "
+        "a wide band means that states differ in how rare they are.",
     )
 
 
@@ -603,6 +614,35 @@ def coverage(story: Story) -> str:
         f"{COUNTED[what]} met so far, at each agent step of the evaluation episodes; random play goes on until it has as many frames.",
         "Coverage",
     )
+
+
+def visited(story: Story) -> str:
+    """Where the player was, room by room: those where the agent spent most time."""
+    found = {name: np.array(places) for name in ("random", "agent") if (places := (story.evaluation(name) or {}).get("visited"))}
+    if "agent" not in found:
+        return ""
+    steps: dict[tuple, float] = {}
+    for level, room, _, _, n in found["agent"].tolist():
+        steps[level, room] = steps.get((level, room), 0) + n
+    rooms = sorted(sorted(steps, key=lambda at: -steps[at])[:ROOMS])
+    levels = len({level for level, _ in steps}) > 1
+    everywhere = np.concatenate(list(found.values()))
+    (low, high), (bottom, top) = ((everywhere[:, i].min() - 4, everywhere[:, i].max() + 4) for i in (2, 3))
+    drawn = []
+    for at in rooms:
+        name = (f"level {at[0]:g}, " if levels else "") + f"room {at[1]:g}"
+        chart = Chart(f"Where the player was in {name}", (low, high), (bottom, top), width=270, height=190, left=8, right=8, ylabel=name,
+                      xticks=[], yticks=[])  # fmt: skip
+        for policy, places in found.items():
+            here = places[(places[:, :2] == at).all(1)]
+            if len(here):
+                chart.dots(here[:, 2], here[:, 3], "s0" if policy == "agent" else "other", radius=1.6 if policy == "agent" else 2.6)
+        drawn.append(chart.svg())
+    others = "" if "random" not in found else ", under them grey those of random play, which goes on until it has as many frames"
+    caption = f"Pixels where the player was at an agent step of the evaluation episodes, from the console's memory{others}."
+    if len(steps) > len(rooms):
+        caption += f" The {len(rooms)} rooms of {len(steps)} in which the agent spent most steps."
+    return figure(f'<div class="rooms">{"".join(drawn)}</div>', caption, "Where the player was")
 
 
 def progress_of_evaluations(story: Story) -> str:
@@ -783,7 +823,7 @@ def play(story: Story) -> str:
     styles = {story.group: "s0"}
     above = [compare.efficiency(groups, styles, "Coverage", "state entropy above random play's") for groups in entropies([story]).values()]
     where = [*where_it_was([story], styles), *(figure(*one) for one in above if one)]
-    measured = [part for part in (scores(story), coverage(story), *where, progress_of_evaluations(story)) if part]
+    measured = [part for part in (scores(story), coverage(story), visited(story), *where, progress_of_evaluations(story)) if part]
     seen = video(story)
     return grid(seen, f'<div class="stack">{"".join(measured)}</div>') if seen and measured else grid(seen, *measured)
 
