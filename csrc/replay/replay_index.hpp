@@ -77,10 +77,9 @@ URLFAST_HD static inline int64_t window_steps(FlagRing flags, int64_t t, int64_t
   return n;
 }
 
-#if !defined(__CUDA_ARCH__)
 // No episode ends between these 8 * Words rows and the ones that follow them.
 template <int Words>
-bool goes_on(const uint8_t* flags) {
+URLFAST_HD static inline bool goes_on(const uint8_t* flags) {
   uint64_t here[Words], next[Words], ends = 0;
   std::memcpy(here, flags, sizeof here);
   std::memcpy(next, flags + 1, sizeof next);
@@ -88,7 +87,6 @@ bool goes_on(const uint8_t* flags) {
     ends |= (here[i] & 0x0101010101010101u * kLast) | (next[i] & 0x0101010101010101u * kFirst);
   return !ends;
 }
-#endif
 
 // Rows of the complete sequence that starts at t: `length`, or fewer where its episode ends.
 URLFAST_HD static inline int64_t sequence_rows(FlagRing flags, int64_t t, int64_t length, bool cross_episodes) {
