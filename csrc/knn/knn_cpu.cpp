@@ -222,6 +222,17 @@ class Search {
       kernel.distances(queries + first / R * p.dim * kernel.width + first % R, rows, keys, columns, p.dim, out, stride);
   }
 
+  // Of rows as they lie to each other: each pair once, but for those of one tile.
+  void own_distances(const T* rows, int64_t count, T* out, int64_t stride) const {
+    constexpr int64_t kTile = 4;
+    for (int64_t i = 0; i < count; i += kTile) {
+      const KnnRows<T> rest{rows + i * p.dim, nullptr};
+      kernel.row_distances(rest, std::min(kTile, count - i), rest, count - i, p.dim, out + i * stride + i, stride);
+    }
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t j = 0; j < i; ++j) out[i * stride + j] = out[j * stride + i];
+  }
+
   // Queries x keys in blocks: the keys of one stay in the second cache, its distances too.
   void search_blocks() {
     constexpr int64_t kCache = 384 << 10;  // bytes of a block's keys
@@ -493,7 +504,10 @@ class Search {
       T* block = w.block.get<T>(round_up(side, W) * (side + W));
       if (queries.block != s * blocks + i) queries = {s * blocks + i, take_queries(w, s, i * side, rows)};
       const T* keys = take_keys(w, s, j * side, columns);
-      distances(queries.rows, 0, rows, keys, columns, block, side + W);
+      if (i == j && by_rows_)
+        own_distances(keys, columns, block, side + W);
+      else
+        distances(queries.rows, 0, rows, keys, columns, block, side + W);
       if (i == j) exclude(block, side + W, i * side, rows, j * side, columns);
       {
         const std::lock_guard<std::mutex> lock(locks[size_t(s * blocks + i)]);

@@ -5,8 +5,9 @@
 namespace urlfast::URLFAST_ISA_NAMESPACE {
 namespace {
 
-// Values are read in blocks that stay in the first cache: one pass for the mean, one for the deviations from it. That
-// is as exact as two passes over memory (no sum of squares that cancels), and the blocks merge.
+// Values are summed in blocks, which merge. A block's deviations are taken from its first value: no further from the
+// mean than the block's own spread, so that what cancels when they are moved there is a block's length of roundings at
+// most.
 constexpr int64_t kBlock = 2048;
 constexpr int64_t kLanes = 8;
 
@@ -31,27 +32,41 @@ static inline void store(double* to, Doubles x) { memcpy(to, &x, sizeof x); }
 
 static inline double sum(Doubles x) { return ((x[0] + x[4]) + (x[1] + x[5])) + ((x[2] + x[6]) + (x[3] + x[7])); }
 
-// sum over i of term(x[i]); four accumulators hide the latency of the additions. The values go to `keep` where there is
-// one.
+// sum over i of term(x[i]); four accumulators hide the latency of the additions.
 template <class T, class Term>
-static inline double sum_of(const T* x, int64_t n, Term term, double* keep = nullptr) {
+static inline double sum_of(const T* x, int64_t n, Term term) {
   Doubles sums[4] = {};
-  const auto add = [&](Doubles& to, int64_t i) {
-    const Doubles v = load(x + i);
-    if (keep) store(keep + i, v);
-    to += term(v);
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= n; i += 4 * kLanes)
+    for (int j = 0; j < 4; ++j) sums[j] += term(load(x + i + j * kLanes));
+  for (; i + kLanes <= n; i += kLanes) sums[0] += term(load(x + i));
+  double total = sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  for (; i < n; ++i) total += term(Doubles{double(x[i])})[0];
+  return total;
+}
+
+// mean and m2 of a block.
+template <class T>
+static inline void spread(const T* x, int64_t n, Statistic* s) {
+  const double centre = double(x[0]);
+  Doubles sums[4] = {}, squares[4] = {};
+  const auto add = [&](int j, const T* from) {
+    const Doubles v = load(from) - centre;
+    sums[j] += v, squares[j] += v * v;
   };
   int64_t i = 0;
   for (; i + 4 * kLanes <= n; i += 4 * kLanes)
-    for (int j = 0; j < 4; ++j) add(sums[j], i + j * kLanes);
-  for (; i + kLanes <= n; i += kLanes) add(sums[0], i);
+    for (int j = 0; j < 4; ++j) add(j, x + i + j * kLanes);
+  for (; i + kLanes <= n; i += kLanes) add(0, x + i);
   double total = sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  double square = sum((squares[0] + squares[1]) + (squares[2] + squares[3]));
   for (; i < n; ++i) {
-    const Doubles one = {double(x[i])};
-    if (keep) keep[i] = one[0];
-    total += term(one)[0];
+    const double v = double(x[i]) - centre;
+    total += v, square += v * v;
   }
-  return total;
+  const double mean = total / double(n), m2 = square - total * mean;
+  s->mean = centre + mean;
+  s->m2 = m2 < 0 ? 0 : m2;
 }
 
 template <class T>
@@ -67,9 +82,7 @@ static inline Statistic block_moments(const T* x, int64_t n, MomentsOf what) {
     s.mean = sum_of(x, n, itself) / double(n);
     return s;
   }
-  alignas(64) double wide[kBlock];  // widening a value once more costs more than reading it from here
-  const double mean = s.mean = sum_of(x, n, itself, wide) / double(n);
-  s.m2 = sum_of(wide, n, [mean](Doubles v) { return (v - mean) * (v - mean); });
+  spread(x, n, &s);
   return s;
 }
 

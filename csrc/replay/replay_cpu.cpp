@@ -78,6 +78,22 @@ void copy_small(char* to, const char* from, size_t bytes) {
   else
     std::memcpy(to, from, bytes);
 }
+void copy_short(char* to, const char* from, size_t bytes) {
+  if (bytes < 16) return copy_small(to, from, bytes);
+  for (size_t i = 0; i + 16 <= bytes; i += 16) std::memcpy(to + i, from + i, 16);
+  std::memcpy(to + bytes - 16, from + bytes - 16, 16);
+}
+
+// Short rows of a column to places side by side, each asked for while the ones before it are copied.
+void copy_rows(char* to, const char* column, const std::vector<int64_t>& slots, size_t first, size_t end,
+               size_t bytes) {
+  constexpr size_t kAhead = 16;
+  for (size_t i = first; i < end; ++i) {
+    const char* ahead = column + size_t(slots[std::min(i + kAhead, end - 1)]) * bytes;
+    for (size_t line = 0; line < bytes + 63; line += 64) prefetch(ahead + std::min(line, bytes - 1));
+    copy_short(to + i * bytes, column + size_t(slots[i]) * bytes, bytes);
+  }
+}
 
 struct Item {
   int64_t slot;
@@ -98,6 +114,8 @@ class ReplayCpu final : public Replay, private ReplayMemory {
     slots_ = shape.streams * shape.ring;
     tree_ = SumTree(slots_);
     for (const ReplayField& field : config_.fields) any_at_starts_ |= field.at_starts;
+    short_rows_ = shape.n_step && shape.stack == 1;
+    for (const ReplayField& field : config_.fields) short_rows_ &= field.row_bytes() < kLongRow;
     check_room();
     const bool prioritised = config_.priority_exponent > 0;
     int file = -1;
@@ -215,20 +233,20 @@ class ReplayCpu final : public Replay, private ReplayMemory {
                                          config_.shape.n_step ? "transition" : "sequence", " among them"));
       }
       const Philox rng{config_.seed, kPhiloxStream | counters_.draws++};
-      // In passes, so that what the next one reads of an item is on its way while the others are seen to.
-      const int upper = tree_.levels - 2;
+      // In passes, a level of the tree each: no draw waits for its own last step, and what the next pass reads of it is
+      // on its way while the others are seen to.
       walks_.resize(size_t(batch));
+      for (int64_t i = 0; i < batch; ++i) walks_[size_t(i)] = {tree_draw(rng, uint64_t(i), total)};
+      for (int level = tree_.levels - 2; level >= 0; --level)
+        for (SumTree::Walk& walk : walks_) {
+          tree_.descend(walk, level);
+          if (level == 0) continue;
+          const uint64_t* next = tree_.children(level - 1, walk.node);
+          prefetch(next), prefetch(next + 8);
+        }
       for (int64_t i = 0; i < batch; ++i) {
-        SumTree::Walk& walk = walks_[size_t(i)] = {tree_draw(rng, uint64_t(i), total)};
-        for (int level = upper; level > 0; --level) tree_.descend(walk, level);
-        const uint64_t* leaves = tree_.children(0, walk.node);
-        prefetch(leaves), prefetch(leaves + 8);
-      }
-      for (int64_t i = 0; i < batch; ++i) {
-        SumTree::Walk& walk = walks_[size_t(i)];
-        if (upper >= 0) tree_.descend(walk, 0);
-        items[size_t(i)].slot = walk.node;
-        prefetch(flags_.data() + walk.node);
+        items[size_t(i)].slot = walks_[size_t(i)].node;
+        prefetch(flags_.data() + walks_[size_t(i)].node);
       }
       float most = 0;
       for (int64_t i = 0; i < batch; ++i) {
@@ -260,8 +278,9 @@ class ReplayCpu final : public Replay, private ReplayMemory {
       Update& update = update_[size_t(i)];
       update.priority = -1;
       update.slot = -1;
-      if (t < index_->tail(s) || tree_.leaf(index_->slot(s, t)) == 0) continue;
-      update.slot = index_->slot(s, t);
+      const int64_t slot = index_->slot(s, t);
+      if (t < index_->tail(s) || tree_.leaf(slot) == 0) continue;
+      update.slot = slot;
       const ReplayErrors e = mask.data ? kernels().errors(td.row<float>(i), mask.row<uint8_t>(i), steps)
                                        : errors_of(td.row<float>(i), steps, index_->flags(s), t);
       require(std::isfinite(e.sum), "td", "must be finite where it counts, got NaN or infinity in row ", i);
@@ -433,7 +452,7 @@ class ReplayCpu final : public Replay, private ReplayMemory {
       item.rows = sequence_rows(flags, item.t, shape.length, shape.cross_episodes);
     }
     if (any_at_starts_) item.entry = entries_.of_slot[slot] - 1;
-    for (size_t c = 0; c < columns_.size(); ++c) {  // on their way while the other items are described
+    for (size_t c = 0; c < columns_.size() && !short_rows_; ++c) {  // on their way while the other items are described
       const int64_t bytes = config_.fields[c].row_bytes();
       if (config_.fields[c].at_starts || bytes >= kLongRow) continue;
       const char* row = columns_[c].data() + slot * bytes;
@@ -478,7 +497,7 @@ class ReplayCpu final : public Replay, private ReplayMemory {
     if (tail < part_end) std::memset(to + tail * bytes, 0, size_t((part_end - tail) * bytes));
   }
 
-  void gather(const std::vector<Item>& items, void* const* out) const {
+  void gather(const std::vector<Item>& items, void* const* out) {
     const ReplayShape& shape = config_.shape;
     const int64_t batch = int64_t(items.size());
     int64_t item_bytes = 64;
@@ -486,6 +505,7 @@ class ReplayCpu final : public Replay, private ReplayMemory {
       const int64_t frames = shape.n_step ? 2 * (config_.stacked(c) ? shape.stack : 1) : shape.length + shape.stack - 1;
       item_bytes += config_.fields[c].row_bytes() * (config_.fields[c].at_starts ? 1 : frames);
     }
+    if (short_rows_) return gather_short_rows(items, out, std::max<int64_t>(1, kGrain / item_bytes));
     const bool large = batch * item_bytes >= kStreamBatch;
     // An item is cut into slices, so that a few long sequences still occupy every thread.
     const int64_t slices = shape.n_step ? 2 : 16;
@@ -501,6 +521,27 @@ class ReplayCpu final : public Replay, private ReplayMemory {
       }
       copies.finish();
       if (large) fence();
+    });
+  }
+
+  // The same column by column where windows are single short rows: the way to a row costs more than its bytes.
+  void gather_short_rows(const std::vector<Item>& items, void* const* out, int64_t grain) {
+    const ReplayShape& shape = config_.shape;
+    first_.resize(items.size()), last_.resize(items.size());
+    for (size_t i = 0; i < items.size(); ++i) {
+      const int64_t place = items[i].place + items[i].rows;
+      first_[i] = items[i].slot;
+      last_[i] = items[i].stream * shape.ring + (place < shape.ring ? place : place - shape.ring);
+    }
+    parallel_for(int64_t(items.size()), grain, [&](int64_t begin, int64_t end) {
+      void* const* to = out;
+      for (size_t c = 0; c < columns_.size(); ++c) {
+        const auto bytes = size_t(config_.fields[c].row_bytes());
+        copy_rows(static_cast<char*>(*to++), columns_[c].data(), first_, size_t(begin), size_t(end), bytes);
+        if (int(c) == config_.observation)
+          copy_rows(static_cast<char*>(*to++), columns_[c].data(), last_, size_t(begin), size_t(end), bytes);
+      }
+      for (int64_t i = begin; i < end; ++i) gather_return(items[size_t(i)], i, to);
     });
   }
 
@@ -520,7 +561,10 @@ class ReplayCpu final : public Replay, private ReplayMemory {
         copy_padded(next, c, item.stream, item.place + item.rows - before_end, before_end + 1, frames - 1 - before_end,
                     0, frames, copies);
     }
-    if (slice != 0) return;
+    if (slice == 0) gather_return(item, i, out);
+  }
+
+  void gather_return(const Item& item, int64_t i, void* const* out) const {
     double sum = 0, discount = 1;
     pieces(item.stream, item.place, item.rows, [&](int64_t slot, int64_t n) {
       for (int64_t j = 0; j < n; ++j) sum += discount * double(reward()[slot + j]), discount *= config_.gamma;
@@ -586,6 +630,7 @@ class ReplayCpu final : public Replay, private ReplayMemory {
   ReplayConfig config_;
   int64_t slots_ = 0;
   bool any_at_starts_ = false;
+  bool short_rows_ = false;  // windows of single rows that are not worth fetching ahead
   std::vector<Pages> columns_;
   Pages flags_, reward_, nodes_, given_, entry_of_slot_;
   std::unique_ptr<ReplayIndex> index_;
@@ -596,6 +641,7 @@ class ReplayCpu final : public Replay, private ReplayMemory {
   std::vector<Update> update_;
   std::vector<SumTree::Walk> walks_;
   std::vector<Item> drawn_;
+  std::vector<int64_t> first_, last_;  // slots of a window's ends
   size_t outputs_ = 0;
   std::vector<int8_t> scratch_;
   std::vector<uint8_t> exist_;

@@ -77,19 +77,28 @@ URLFAST_HD static inline int64_t window_steps(FlagRing flags, int64_t t, int64_t
   return n;
 }
 
+// No episode ends between these 8 * Words rows and the ones that follow them.
+template <int Words>
+URLFAST_HD static inline bool goes_on(const uint8_t* flags) {
+  uint64_t here[Words], next[Words], ends = 0;
+  std::memcpy(here, flags, sizeof here);
+  std::memcpy(next, flags + 1, sizeof next);
+  for (int i = 0; i < Words; ++i)
+    ends |= (here[i] & 0x0101010101010101u * kLast) | (next[i] & 0x0101010101010101u * kFirst);
+  return !ends;
+}
+
 // Rows of the complete sequence that starts at t: `length`, or fewer where its episode ends.
 URLFAST_HD static inline int64_t sequence_rows(FlagRing flags, int64_t t, int64_t length, bool cross_episodes) {
   if (cross_episodes) return length;
   int64_t place = t % flags.ring;
   for (int64_t k = 1; k < length; ++k) {
 #if !defined(__CUDA_ARCH__)
-    for (; k + 8 <= length && place + 9 <= flags.ring; k += 8, place += 8) {  // eight rows at a time where nothing ends
-      uint64_t here, next;
-      std::memcpy(&here, flags.flags + place, 8);
-      std::memcpy(&next, flags.flags + place + 1, 8);
-      if ((here & 0x0101010101010101u * kLast) | (next & 0x0101010101010101u * kFirst)) break;
-    }
-    if (k == length) break;
+    const uint8_t* f = flags.flags;  // many rows at a time where nothing ends; the last eight may be seen twice
+    for (; k + 32 <= length && place + 33 <= flags.ring && goes_on<4>(f + place); k += 32) place += 32;
+    for (; k + 8 <= length && place + 9 <= flags.ring && goes_on<1>(f + place); k += 8) place += 8;
+    const int64_t back = k + 8 - length;
+    if (back > 0 && back < k && back <= place && place - back + 9 <= flags.ring && goes_on<1>(f + place - back)) break;
 #endif
     if (flags.flags[place] & kLast) return k;
     if (++place == flags.ring) place = 0;

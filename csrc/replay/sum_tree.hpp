@@ -43,13 +43,18 @@ struct SumTree {
   URLFAST_HD void descend(Walk& walk, int level) const {
     const uint64_t* child = children(level, walk.node);
     uint64_t sum = 0, before = 0;
-    int j = 0;
-    for (int k = 0; k < 1 << kTreeFanoutLog2; ++k) {  // no branch to mispredict, so that several draws overlap
-      sum += child[k];
-      const bool past = sum <= walk.rest;
-      before = past ? sum : before;
-      j += past;
-    }
+    int64_t j = 0;
+    const auto pass = [&](uint64_t more, int64_t n) {  // no branch to mispredict, so that several draws overlap
+      sum += more;
+      const uint64_t past = -uint64_t(sum <= walk.rest);  // all bits or none
+      before += more & past;
+      j += n & int64_t(past);
+    };
+    // By fours, then one by one: the last is where what is left must fall.
+    for (int k = 0; k < 12; k += 4) pass((child[k] + child[k + 1]) + (child[k + 2] + child[k + 3]), 4);
+    sum = before;
+    const uint64_t* four = child + j;
+    for (int k = 0; k < 3; ++k) pass(four[k], 1);
     walk.rest -= before;
     walk.node = (walk.node << kTreeFanoutLog2) + j;
   }
