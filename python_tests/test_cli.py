@@ -59,8 +59,8 @@ def test_version():
 
 
 def test_train_says_what_is_wrong():
-    done = urlfast("train", "ptt", "atari")
-    assert done.returncode == 2 and done.stderr.startswith("urlfast train: unknown method 'ptt', did you mean 'apt'?")
+    done = urlfast("train", "aptt", "atari")
+    assert done.returncode == 2 and done.stderr.startswith("urlfast train: unknown method 'aptt', did you mean 'apt'?")
     assert len(done.stderr.splitlines()) == 1 and not done.stdout
 
 
