@@ -96,8 +96,10 @@ PRESETS = {  # the first of a pair is its default
     ("drq-sac", "dmc"): {"paper": TrainConfig(TaskConfig.sac(), replace(PIXELS, task="walker_walk", num_envs=1), steps=250_000)},
     ("ddpg", "dmc"): {"urlb": TrainConfig(TaskConfig.ddpg(), WALKER, steps=2_000_000)},
     ("r2d2", "atari"): {
+        "small": TrainConfig(
+            RecurrentConfig.small(), replace(FULL, num_envs=16), steps=5_000_000
+        ),  # the paper's has 256 actors and 29 GB of rows
         "paper": TrainConfig(RecurrentConfig(), replace(FULL, num_envs=256), steps=2_500_000_000),
-        "small": TrainConfig(RecurrentConfig.small(), replace(FULL, num_envs=16), steps=5_000_000),
     },
     # What `urlfast transfer` makes of an APS run; from scratch, phi is random.
     ("aps-task", "atari"): {"paper": TrainConfig(APSTaskConfig.on(TaskConfig()), AtariConfig(num_envs=1), steps=100_000)},
