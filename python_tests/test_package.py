@@ -81,7 +81,7 @@ MAY_IMPORT = {
     "device": set(),
     "limits": set(),
     "augment": {"ops", "limits"},
-    "intrinsic": {"ops", "limits"},
+    "intrinsic": {"nets", "augment", "ops", "device", "limits"},
     "nets": {"losses", "ops", "device", "limits"},
     "envs": {"ops"},
     "learners": {"nets", "losses", "ops", "device", "limits"},

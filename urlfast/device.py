@@ -55,10 +55,10 @@ class Arithmetic:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
 
-def adam(parameters: list[Tensor], lr: float, eps: float, device: torch.device) -> torch.optim.Adam:
-    """Adam in one kernel for all parameters, its step count on the device so that it can be captured."""
+def adam(parameters: list[Tensor], lr: float, eps: float, device: torch.device, *, weight_decay: float = 0.0) -> torch.optim.Adam:
+    """Adam in one kernel for all parameters, its step count on the device so that it can be captured. weight_decay: L2, in the gradient."""
     capturable = device.type == "cuda"
-    optim = torch.optim.Adam(parameters, lr=lr, eps=eps, fused=True, capturable=capturable)
+    optim = torch.optim.Adam(parameters, lr=lr, eps=eps, weight_decay=weight_decay, fused=True, capturable=capturable)
     own = {name: value for name, value in optim.param_groups[0].items() if name != "params"}
 
     def loaded(optim) -> None:
