@@ -17,6 +17,7 @@ from ale_py import ALEInterface, LoggerMode, roms
 
 from urlfast.envs import stream_seeds
 from urlfast.envs.atari import AtariConfig, games, make_atari, rom_id
+from urlfast.envs.atari_rewards import ghosts, miners
 from urlfast.envs.atari_worker import AreaResize
 
 BACKENDS = ["vector", "processes"]
@@ -334,6 +335,8 @@ def test_a_missing_rom_is_named(backend, tmp_path, monkeypatch):
         (dict(max_frames=1001), r"max_frames: must be a multiple of frame_skip \(4\), got 1001"),
         (dict(frame_size=161), "frame_size: must be at most 160"),
         (dict(backend="threads"), "backend: must be one of vector, processes, got 'threads'"),
+        (dict(reward="ghosts"), "reward: must be one of game, ghosts-easy, .*, got 'ghosts'"),
+        (dict(reward="ghosts-easy"), "reward: ghosts-easy is read off the memory, which takes backend processes, got vector"),
     ],
 )
 def test_bad_settings_are_named(settings, message):
@@ -370,6 +373,113 @@ def test_frame_rewards_and_ram_are_those_of_the_emulator():
     for step in steps + cut:
         assert step.frame_reward.shape == (3, 4) and step.frame_reward.dtype == np.float32
         np.testing.assert_array_equal(step.frame_reward.sum(1), step.reward)
+
+
+# Other tasks in a game -----------------------------------------------------------------------------------------------------------
+
+
+class Ghosts:
+    """By the points alone: on the first levels no fruit is worth a ghost, and ghosts double from one energiser to the next."""
+
+    def __init__(self, dot):
+        self.dot, self.eaten = dot, 0
+
+    def __call__(self, points, before, after):
+        dot = points % 50 == 10
+        points -= 10 * dot
+        energiser = points % 100 == 50
+        points -= 50 * energiser
+        ghost = points == 200 * 2**self.eaten
+        self.eaten = 0 if energiser and not ghost else self.eaten + ghost
+        return ghost * points + dot * self.dot
+
+
+class Miners:
+    """By the memory alone: byte 114 goes up with a rescue; 32 goes to 0 with a wall while a stick of dynamite is used up."""
+
+    def __init__(self, wall):
+        self.wall = wall
+
+    def __call__(self, points, before, after):
+        blown_up = before[32] > 0 and after[32] == 0 and before[50] == after[50] + 1
+        return 1000 * (before[114] == 0 and after[114] == 255) + self.wall * blown_up
+
+
+@pytest.mark.parametrize(
+    "reward, reference, seen",
+    [
+        ("ghosts-easy", Ghosts(0), {200, 400}),
+        ("ghosts-hard", Ghosts(-10), {200, 400, -10, 190}),
+        ("miners-easy", Miners(0), {1000}),
+        ("miners-hard", Miners(-300), {1000, -300}),
+    ],
+)
+def test_other_rewards_are_those_of_a_plain_loop(reward, reference, seen):
+    """Frame by frame; actions and seed are those of games in which something happens."""
+    game = {"ghosts": "ms_pacman", "miners": "hero"}[reward.partition("-")[0]]
+    random, seed, paid = np.random.default_rng(3), 3, set()
+    with processes(game=game, num_envs=2, noop_max=0, reward=reward) as env:
+        actions = np.repeat(random.integers(0, env.num_actions, (500, 2)), 3, axis=0)[:1100]
+        steps = play(env, actions, seed)
+    for i, stream in enumerate(stream_seeds(seed, 2)):
+        ale = ALEInterface()
+        ale.setInt("random_seed", int(stream))
+        ale.setFloat("repeat_action_probability", 0.0)
+        ale.loadROM(roms.get_rom_path(game))
+        ale.reset_game()
+        for t, action in enumerate(actions[:, i]):
+            frames = []
+            if steps[t].is_last[i]:
+                ale.reset_game()
+            else:
+                for _ in range(4):
+                    before = ale.getRAM().astype(int)
+                    points = ale.act(ale.getMinimalActionSet()[action])
+                    frames.append(reference(points, before, ale.getRAM().astype(int)))
+                    if ale.game_over():
+                        break
+            assert steps[t + 1].frame_reward[i].tolist() == frames + [0] * (4 - len(frames)), f"environment {i}, step {t}"
+            paid.update(frames)
+    assert paid - {0} == seen
+    for step in steps:
+        np.testing.assert_array_equal(step.frame_reward.sum(1), step.reward)
+
+
+def test_the_fourth_ghost_is_worth_1600_and_an_energisers_end_nothing():
+    """Random play never eats four: the memory is told of three after the first, and the game goes on as if it were so."""
+    ale, random = ALEInterface(), np.random.default_rng(1)
+    ale.setInt("random_seed", 1)
+    ale.setFloat("repeat_action_probability", 0.0)
+    ale.loadROM(roms.get_rom_path("ms_pacman"))
+    ale.reset_game()
+    actions, hold, events = ale.getMinimalActionSet(), 0, []
+    for _ in range(13_900):
+        if hold == 0:
+            action, hold = actions[random.integers(len(actions))], random.integers(4, 24)
+        hold -= 1
+        before = ale.getRAM().tolist()
+        points = ale.act(action)
+        after = ale.getRAM().tolist()
+        if before[116] >> 6 != after[116] >> 6:
+            events.append((points, ghosts(points, before, after, 0), ghosts(points, before, after, -10)))
+        if (before[116] >> 6, after[116] >> 6) == (0, 1):
+            ale.setRAM(116, after[116] | 192)
+        if ale.game_over():
+            ale.reset_game()
+    # The first with an energiser, the fourth with a dot; the first, and the time is over with three eaten, it was told.
+    assert events == [(250, 200, 200), (1610, 1600, 1590), (200, 200, 200), (0, 0, 0)]
+
+
+def test_a_strawberry_is_no_ghost_and_a_counter_that_runs_over_is_no_wall():
+    quiet, one = [0] * 128, [0] * 128
+    one[116] = 64
+    assert ghosts(200, quiet, quiet, -10) == 0 and ghosts(200, quiet, one, -10) == 200
+    assert miners(-999_925, quiet, quiet, -300) == 0 and miners(125, quiet, quiet, -300) == -300 and miners(50, quiet, quiet, -300) == 0
+
+
+def test_a_reward_of_another_game_is_refused():
+    with pytest.raises(ValueError, match="reward: miners-easy is of the game hero, got ms_pacman"):
+        processes(reward="miners-easy")
 
 
 def columns(step):

@@ -35,7 +35,7 @@ class Step:
     score: np.ndarray  # float64 [N]: unclipped sum of the running episode's rewards, so final where is_last
     length: np.ndarray  # int64 [N]: agent steps of the running episode, so final where is_last
     ram: np.ndarray | None = None  # uint8 [N, 128], where the environment gives it
-    frame_reward: np.ndarray | None = None  # float32 [N, action_repeat]: score change of each emulated frame (0 where none was played)
+    frame_reward: np.ndarray | None = None  # float32 [N, action_repeat]: what each emulated frame paid (0 where none was played)
     physics: np.ndarray | None = None  # float64 [N, P]: positions, velocities and activations of a simulation, which gives them
 
 

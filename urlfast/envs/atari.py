@@ -23,6 +23,7 @@ from typing import Literal
 import numpy as np
 
 from urlfast.envs import Episodes, FrameStack, Step, VectorEnv, stream_seeds
+from urlfast.envs.atari_rewards import REWARDS
 from urlfast.envs.workers import WorkerEnv
 
 
@@ -41,6 +42,8 @@ class AtariConfig:
     frame_size: int = 84  # side of the grey image
     frame_stack: int = 4  # frames an agent sees at once, black before the episode's first
     backend: Literal["vector", "processes"] = "vector"  # native threads | processes: slower; RAM, screens and cloned states
+    reward: Literal["game", "ghosts-easy", "ghosts-hard", "miners-easy", "miners-hard"] = "game"  # what pays, and makes the score
+    # ghosts (ms_pacman): eaten ones alone, hard: and a dot costs 10; miners (hero): rescued ones alone, hard: and a blown up wall costs 300
     workers: int = 0  # threads or processes; 0: one per processor, never more than environments
 
     def __post_init__(self):
@@ -55,6 +58,10 @@ class AtariConfig:
             raise ValueError(f"frame_size: must be at most 160, the screen's width, got {self.frame_size}")
         if self.backend not in _BACKENDS:
             raise ValueError(f"backend: must be one of {', '.join(_BACKENDS)}, got {self.backend!r}")
+        if self.reward not in ("game", *REWARDS):
+            raise ValueError(f"reward: must be one of game, {', '.join(REWARDS)}, got {self.reward!r}")
+        if self.reward != "game" and self.backend != "processes":
+            raise ValueError(f"reward: {self.reward} is read off the memory, which takes backend processes, got {self.backend}")
 
     @property
     def name(self) -> str:
@@ -82,6 +89,8 @@ def make_atari(
         config = dataclasses.replace(config, life_loss_terminal=False, backend="processes")
     if seed < 0:
         raise ValueError(f"seed: must be 0 or more, got {seed}")
+    if config.reward != "game" and rom_id(config.game) != REWARDS[config.reward][0]:
+        raise ValueError(f"reward: {config.reward} is of the game {REWARDS[config.reward][0]}, got {rom_id(config.game)}")
     return _BACKENDS[config.backend](config, seed)
 
 
@@ -252,7 +261,7 @@ class AtariProcesses(WorkerEnv, _Atari):
     def __init__(self, config: AtariConfig, seed: int = 0):
         super().__init__(config, seed)
         emulator = dict(rom=_rom_path(config.game), full_action_set=config.full_action_set)
-        emulator |= {name: getattr(config, name) for name in ("frame_skip", "frame_size", "noop_max", "sticky")}
+        emulator |= {name: getattr(config, name) for name in ("frame_skip", "frame_size", "noop_max", "sticky", "reward")}
         n = self.num_envs
         self._start(config.workers)
         self._share(

@@ -10,6 +10,7 @@ import pickle
 import numpy as np
 
 from urlfast.envs import workers
+from urlfast.envs.atari_rewards import REWARDS
 
 
 def area_weights(size: int, source: int) -> np.ndarray:
@@ -50,7 +51,7 @@ class NoOps:
 class Emulator:
     """One game over ALEInterface, preprocessed as ale-py's vector environment does it: the same order, the same random numbers."""
 
-    def __init__(self, rom: str, frame_skip: int, frame_size: int, noop_max: int, sticky: float, full_action_set: bool):
+    def __init__(self, rom: str, frame_skip: int, frame_size: int, noop_max: int, sticky: float, full_action_set: bool, reward: str):
         from ale_py import ALEInterface, LoggerMode
 
         ALEInterface.setLoggerMode(LoggerMode.Error)
@@ -62,6 +63,7 @@ class Emulator:
         self.screens = np.zeros((2, *self.ale.getScreenDims()), np.uint8)  # newest, and the one before it
         self.resize = AreaResize(frame_size, *self.screens.shape[1:])
         self.over = False
+        self.pays = None if reward == "game" else REWARDS[reward][1]
 
     def reset(self, seed: int | None) -> None:
         if seed is not None:
@@ -78,10 +80,10 @@ class Emulator:
         self.ale.getScreenGrayscale(self.screens[0])
 
     def step(self, action: int) -> list[int]:
-        """Repeat the action, and return the score change of every frame that was played."""
+        """Repeat the action, and return what every frame that was played pays: its score change, or what `reward` makes of it."""
         rewards = []
         for left in reversed(range(self.frame_skip)):
-            rewards.append(self.ale.act(self.actions[action]))
+            rewards.append(self._frame(self.actions[action]))
             self.over = self.ale.game_over()
             if self.over:  # this screen is left out, as in the vector environment
                 break
@@ -89,6 +91,13 @@ class Emulator:
                 self.ale.getScreenGrayscale(self.screens[left])
         np.maximum(self.screens[0], self.screens[1], out=self.screens[0])
         return rewards
+
+    def _frame(self, action) -> int:
+        if self.pays is None:
+            return self.ale.act(action)
+        before = self.ale.getRAM().tolist()
+        points = self.ale.act(action)
+        return self.pays(points, before, self.ale.getRAM().tolist())
 
     def clone(self) -> bytes:
         state = self.ale.cloneState(include_rng=True)
