@@ -33,7 +33,7 @@ from urlfast.run import Run, UserError, command, human_bytes, human_time, open_p
 from urlfast.tables import UNITS, Number, Table, over_tasks
 
 LEARNERS = {"drq": "DrQ", "drq-sac": "DrQ-SAC", "ddpg": "DDPG", "aps-task": "APS's task"}  # on the environment's own reward
-METHODS = {"apt": "APT", "aps": "APS"} | LEARNERS
+METHODS = {"apt": "APT", "aps": "APS", "ngu": "NGU", "cpt": "CPT"} | LEARNERS
 BESIDE = {
     "seed",
     "env.game",
@@ -247,7 +247,8 @@ def _columns(lines: list[dict]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 def load_particles(run: Run, count: int = PARTICLES) -> Particles | None:
     """Observations drawn from a run's replay, with the encoding and the reward that its newest valid checkpoint gives them.
 
-    None for a method without an intrinsic reward. Changes nothing: the replay is opened read-only, and no running statistic moves.
+    None for a method without an intrinsic reward, or whose reward hangs on its episode. Changes nothing: the replay is opened read-only,
+    and no running statistic moves.
     Raises UserError where the run has no checkpoint that can be read, or nothing in its replay yet.
     """
     if run.config.get("method") in LEARNERS:
@@ -255,8 +256,10 @@ def load_particles(run: Run, count: int = PARTICLES) -> Particles | None:
     import torch
 
     from urlfast.checkpoint import read_latest
-    from urlfast.train import DOMAINS, check_replay, load, make_method, refusals
+    from urlfast.train import DOMAINS, METHODS, check_replay, load, make_method, refusals
 
+    if not hasattr(METHODS.get(run.config.get("method")), "intrinsic_reward"):
+        return None
     checkpoint = read_latest(run.folder, replay=True, say=lambda text: print(text, file=sys.stderr))
     replay = checkpoint.load_replay(read_only=True)
     if replay.sampleable < BATCH:
@@ -514,6 +517,8 @@ def learning(story: Story) -> str:
             bounds=(0, 1),
         ),
         curve(story, "contrastive_loss", "Contrastive loss", "NT-Xent between two augmented views of one observation."),
+        curve(story, "inverse_accuracy", "Inverse accuracy", "How often the action is read off the embeddings around it.", bounds=(0, 1)),
+        curve(story, "rnd_loss", "RND loss", "Error of the network that learns to predict a random one: it falls where nothing is new."),
         curve(story, "inverse_error", "Inverse error", "Distance of the actions read off two observations to those taken."),
         curve(story, "forward_error", "Forward error", "Distance of the predicted features of the next observation to what they are."),
         curve(
@@ -546,10 +551,13 @@ def reward_bands(story: Story) -> str:
     )
     chart.band(steps, q[:, 0], q[:, 4], "s0").band(steps, q[:, 1], q[:, 3], "s0 inner").line(steps, q[:, 2], "s0", "median")
     chart.ends += [(float(chart.place(0, q[-1, i])[1]), name, "other") for i, name in ((0, "5 %"), (1, "25 %"), (3, "75 %"), (4, "95 %"))]
+    reward, when = "the particle-entropy reward", "is computed anew at each update, with the encoder of that moment"
+    if story.config.get("method") in ("ngu", "cpt"):
+        reward, when = "NGU's reward", "was computed when the agent was there, as it hangs on what the episode had seen"
     return figure(
         chart.svg(),
-        "Distribution of the particle-entropy reward within the training batches: median, the middle half (dark) and 5 to 95 % (light). It "
-        "is computed anew at each update, with the encoder of that moment; a wide band means that states differ in how rare they are.",
+        f"Distribution of {reward} within the training batches: median, the middle half (dark) and 5 to 95 % (light). It {when}; "
+        "a wide band means that states differ in how rare they are.",
     )
 
 

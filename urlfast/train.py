@@ -28,6 +28,7 @@ from urlfast.info import hardware
 from urlfast.learners.drq import DrQConfig
 from urlfast.methods.aps import APS, APSConfig, APSTask, APSTaskConfig
 from urlfast.methods.apt import APT, APTConfig
+from urlfast.methods.ngu import NGU, NGUConfig
 from urlfast.methods.recurrent import RecurrentConfig, RecurrentTask
 from urlfast.methods.task import Task, TaskConfig
 from urlfast.run import (
@@ -67,7 +68,8 @@ class TrainConfig:
                 raise ValueError(f"{name}: must be less than 2^63, got {getattr(self, name)}")
 
 
-METHODS = {"apt": APT, "aps": APS, "drq": Task, "drq-sac": Task, "ddpg": Task, "r2d2": RecurrentTask, "aps-task": APSTask}
+METHODS = {"apt": APT, "aps": APS, "ngu": NGU, "cpt": NGU}
+METHODS |= {"drq": Task, "drq-sac": Task, "ddpg": Task, "r2d2": RecurrentTask, "aps-task": APSTask}  # on the environment's own reward
 DOMAINS = {"atari": make_atari, "dmc": make_dmc, "gym": make_gym}
 FULL = AtariConfig(full_action_set=True, life_loss_terminal=False)  # R2D2's protocol
 WALKER, PIXELS = DMCConfig(task="walker_walk", num_envs=1), DMCConfig(observation="pixels")
@@ -82,6 +84,14 @@ PRESETS = {  # the first of a pair is its default
     },
     ("aps", "atari"): {"paper": TrainConfig(APSConfig(), AtariConfig(), steps=200_000_000)},
     ("aps", "dmc"): {"urlb": TrainConfig(APSConfig.urlb(), DMCConfig(), steps=2_000_000)},
+    ("ngu", "atari"): {
+        "paper": TrainConfig(NGUConfig(), replace(FULL, num_envs=256), steps=8_750_000_000),
+        "small": TrainConfig(NGUConfig().small(), replace(FULL, num_envs=16), steps=5_000_000),
+    },
+    ("cpt", "atari"): {  # its first stage; the second is a transfer
+        "paper": TrainConfig(NGUConfig.cpt(), replace(FULL, num_envs=256), steps=4_000_000_000),
+        "small": TrainConfig(NGUConfig.cpt().small(), replace(FULL, num_envs=16), steps=5_000_000),
+    },
     ("drq", "atari"): {"paper": TrainConfig(TaskConfig(), AtariConfig(num_envs=1), steps=100_000)},
     ("drq-sac", "dmc"): {"paper": TrainConfig(TaskConfig.sac(), replace(PIXELS, task="walker_walk", num_envs=1), steps=250_000)},
     ("ddpg", "dmc"): {"urlb": TrainConfig(TaskConfig.ddpg(), WALKER, steps=2_000_000)},
@@ -107,6 +117,8 @@ for method, configs in {  # of any environment of gymnasium: which one is the de
         "continuous": APSConfig.urlb(),
         "continuous-pixels": APSConfig.urlb(),
     },
+    "ngu": dict.fromkeys(("discrete", "discrete-pixels"), NGUConfig.toy()),
+    "cpt": dict.fromkeys(("discrete", "discrete-pixels"), NGUConfig.toy()),
     "drq": dict.fromkeys(("discrete", "discrete-pixels"), replace(TaskConfig(), reward_clip=None)),
     "drq-sac": dict.fromkeys(("continuous", "continuous-pixels"), TaskConfig.sac()),
     "ddpg": dict.fromkeys(("continuous", "continuous-pixels"), TaskConfig.ddpg()),
