@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +11,7 @@ import toy_run
 
 from urlfast import evaluate
 from urlfast.envs import Episodes
-from urlfast.evaluate import EvaluateConfig, count_at, fingerprints, play, thinned, uniform
+from urlfast.evaluate import PLACE, EvaluateConfig, count_at, fingerprints, play, thinned, uniform, visits
 from urlfast.run import Run, UserError
 
 
@@ -88,9 +89,28 @@ def test_places_are_told_apart_by_their_bytes_alone():
             ram[:, 0], ram[:, 5] = self.time, self.at // 2
             return ram
 
-    played = play(Clock(3), still, 12, seed=0, place=(5,))
+    played = play(Clock(3), still, 12, seed=0, place={"x": (5, 1)})
     assert played.places[-1] == (played.frames, 3) and played.coverage[-1][1] > 12  # 0..4 actions into an episode are places 0, 1, 2
     assert play(Clock(3), still, 12, seed=0).places == []
+
+
+def test_rooms_of_each_level_and_cells_of_the_position_are_counted():
+    class Walker(Lengths):
+        def ram(self):  # every action is four pixels to the right; the third leads into the next room, at level 1
+            ram = np.zeros((self.num_envs, 128), np.uint8)
+            ram[:, 42], ram[:, 43], ram[:, 3], ram[:, 57] = 4 * self.at, 200, self.at > 2, self.at > 2
+            return ram
+
+    place = PLACE["montezuma_revenge"]
+    played = play(Walker(3), still, 3, seed=0, place=place)  # episodes of 2, 3 and 4 actions
+    assert played.rooms[-1][1] == 2
+    assert played.places[-1][1] == 4  # cells 0 and 1 of the first room, 1 and 2 of the second
+    rows = {tuple(row[:4]): row[4] for row in visits(played.visited, place)}
+    assert set(rows) == {(0, 0, 0, 200), (0, 0, 4, 200), (0, 0, 8, 200), (1, 1, 12, 200), (1, 1, 16, 200)}
+    assert rows[0, 0, 0, 200] == 4 and rows[1, 1, 16, 200] == 1  # three episodes begin, and where all are done one more has begun
+    assert visits(play(Walker(3), still, 3, seed=0).visited, {}) is None
+    close = Counter({bytes([0, 1, 40, 200]): 2, bytes([0, 1, 41, 201]): 3, bytes([0, 1, 42, 200]): 1})
+    assert visits(close, place) == [[0, 1, 40, 200, 5], [0, 1, 42, 200, 1]]
 
 
 def test_fingerprints_tell_single_bits_apart():

@@ -310,7 +310,7 @@ def test_numbers_that_are_none_or_infinite_do_not_reach_a_chart(tmp_path, partic
 @pytest.mark.parametrize("change", [
     {"returns": "<script>"}, {"returns": [None]}, {"returns": [float("nan")]}, {"returns": [10**400]}, {"returns": 3}, {"returns": []},
     {"coverage": [[1, 2, 3]]}, {"coverage": [["a", "b"]]}, {"coverage": 5}, {"frames": "many"}, {"unique_states": {}}, {"policy": None},
-    {"protocol": 3},
+    {"protocol": 3}, {"visited": [[0, 1, 2, 3]]}, {"visited": [[0, 1, 2, 3, "<script>"]]}, {"visited": 3}, {"unique_rooms": "many"},
 ])  # fmt: skip
 def test_results_whose_numbers_are_none_are_named_as_damaged(tmp_path, particles, change):
     run = make_run(tmp_path / "run", filmed=False)
@@ -417,6 +417,25 @@ def test_several_games_are_aggregated_only_when_balanced(tmp_path, particles, mo
     words = Page(report.report(runs[:-1], tmp_path / "odd.html")).check_alone().words()
     assert "APT: not aggregated over tasks, which have unequal numbers of runs (ms_pacman 3, pong 2)." in words
     assert "Human-normalised, over games" not in words
+
+
+def test_rooms_are_drawn_where_the_player_was(tmp_path, particles):
+    """Of 14 rooms the 12 with most steps, each with the agent's pixels and, under them, random play's."""
+    run = make_run(tmp_path / "run", method="ngu", game="montezuma_revenge", filmed=False)
+    results = json.loads((run / "results.json").read_text())
+    agent, random = results["evaluations"]
+    agent |= {"visited": [[0, room, 20 + 2 * i, 180, room + 1] for room in range(14) for i in range(3)], "unique_rooms": 14}
+    random |= {"visited": [[0, 13, 60, 200, 5]], "unique_rooms": 1}
+    (run / "results.json").write_text(json.dumps(results))
+    page = Page(report.report([run])).check_alone()
+    labels = [value for tag, name, value in page.attributes if name == "aria-label" and "the player was" in value]
+    assert labels == [f"Where the player was in room {room}" for room in range(2, 14)]
+    assert "The 12 rooms of 14" in page.words() and "Where the player was" in page.words() and "NGU on Montezuma Revenge" in page.words()
+    chart = report.visited(report.read(run))
+    assert chart.count('class="dots s0"') == 12 and chart.count('class="dots other"') == 1 and chart.count("h0") == 3 * 12 + 1
+    agent |= {"visited": [[level, 1, 20, 180, 1] for level in (0, 1)]}
+    (run / "results.json").write_text(json.dumps(results))
+    assert "level 1, room 1" in Page(report.report([run])).words()
 
 
 def test_last_evaluation_counts_not_the_best(tmp_path, particles):

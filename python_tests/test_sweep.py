@@ -17,7 +17,9 @@ import toy_run
 import tyro
 
 from urlfast import report, sweep, train
+from urlfast.envs.atari import games
 from urlfast.run import UsageError, UserError, read_json, runs_of
+from urlfast.stats import GAME_SETS
 from urlfast.sweep import READY, SweepConfig, jobs_of
 from urlfast.transfer import TransferConfig
 
@@ -265,6 +267,19 @@ def test_tasks_and_rows_choose_and_bring_what_they_follow():
     assert jobs[0].words[-2:] == ["--steps", "5"] and jobs[1].words == ["--steps", "4"]
     with pytest.raises(UserError, match="--tasks: no row has pong"):
         jobs_of(READY["urlb"], SweepConfig("urlb", tasks=("pong",)), Path("f"))
+
+
+def test_sets_of_games_stand_for_their_games(journal):
+    known = set(games())
+    assert {name: len(of) for name, of in GAME_SETS.items()} == {"hard6": 6, "ablation12": 12, "atari26": 26, "atari57": 57}
+    assert all(set(of) <= known for of in GAME_SETS.values())
+    found = {"seeds": [1], "tasks": ["hard6", "pong", "venture"], "rows": [{"name": "r", "train": "drq atari"}]}
+    jobs = sweep.jobs_of(found, sweep.SweepConfig("s"), Path("x"))
+    assert [job.task for job in jobs] == [*GAME_SETS["hard6"], "pong"]
+    chosen = sweep.jobs_of(found, sweep.SweepConfig("s", tasks=("ablation12",)), Path("x"))
+    assert [job.task for job in chosen] == ["montezuma_revenge", "private_eye", "gravitar", "pong"]
+    own = {"seeds": [1], "rows": [{"name": "r", "train": "drq atari"}]}
+    assert len(sweep.jobs_of(own, sweep.SweepConfig("s", tasks=("atari26",)), Path("x"))) == 26
 
 
 def test_a_dry_run_prints_and_does_nothing(journal, capsys):

@@ -6,9 +6,9 @@ from urlfast.envs import Episodes, VectorEnv
 
 
 class Grid(VectorEnv):
-    """Actions: up, down, left, right; the border stops the agent. Episodes of `limit` steps begin in the middle, and end without a terminal.
+    """Actions: up, down, left, right; the border stops the agent. Episodes of `limit` steps begin in the middle and end without a terminal.
 
-    Pays `pays` at every step. `covered` lists how many cells each finished episode has met.
+    `pays` at every step. `covered` lists how many cells each finished episode has met.
     """
 
     action_repeat, frame_stack, num_actions, fps = 1, 1, 4, 15

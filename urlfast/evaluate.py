@@ -3,13 +3,18 @@
 A lost life never ends an evaluation episode, rewards are not clipped, and each environment plays a fixed share of the episodes: taking
 those that finish first would favour the short ones. Coverage is the number of distinct 128-byte RAM contents seen at agent steps, and,
 where it is known which bytes hold the player's room and position, of distinct places: timers make most contents new, places they do not.
+A place is a level, a room and a cell of a few pixels (in Montezuma's Revenge 8 by 8); rooms, a level's each, are counted by themselves too.
 Where the environment shows its physics, coverage is the particle entropy of the physical states: how far they lie from each other.
+
+R2D2's and CPT's evaluators, whole games and the mean of 300 of them: --episodes 300 --num-envs 5 --epsilon 0.01
 
 results.json: method, game, seed, and `evaluations`, each of one policy at one number of training frames by one protocol:
 
     policy "agent" | "random"   task   step, frames (of training)   returns [...], lengths [...] (one an episode)   mean, human_normalised
     coverage [[frames played, distinct states], ...]         unique_states within frames_of_unique_states, which both policies reached
     places   [[frames played, distinct places], ...]         unique_places likewise; null where the bytes are not known
+    rooms    [[frames played, distinct rooms], ...]          unique_rooms likewise
+    visited  [[level, room, x, y, agent steps there], ...]   in pixels, to two of them; null where the bytes of x and y are not known
     state_entropy   of physical states; success   share of episodes with a return above 0; expert_normalised   URLB's; null where unknown
     physics  [[...], ...] some of the physical states, drawn evenly; null where none are shown
     protocol {epsilon, episodes, num_envs, seed, ...}        versions, hardware: by which, and with what, it was played
@@ -21,6 +26,7 @@ import hashlib
 import json
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -41,12 +47,12 @@ from urlfast.train import DOMAINS, load, make_method, refusals
 
 VIDEO_SECONDS = 120
 PHYSICS = 256  # physical states that results.json keeps of each policy
-PLACE = {  # bytes of the RAM that say where the player is: room, x, y, as far as known (Anand et al. 2019, AtariARI)
-    "hero": (28,),
-    "montezuma_revenge": (3, 42, 43),
-    "ms_pacman": (10, 16),
-    "private_eye": (92,),
-    "venture": (90,),
+PLACE = {  # bytes of the RAM that say where the player is, and how wide a cell of x and y is (Anand et al. 2019, AtariARI; ALE's readers)
+    "hero": {"level": (117, 1), "room": (28, 1), "x": (27, 8), "y": (31, 8)},
+    "montezuma_revenge": {"level": (57, 1), "room": (3, 1), "x": (42, 8), "y": (43, 8)},
+    "ms_pacman": {"x": (10, 1), "y": (16, 1)},
+    "private_eye": {"room": (92, 1), "x": (63, 8), "y": (86, 8)},
+    "venture": {"room": (90, 1)},
 }
 
 
@@ -86,20 +92,31 @@ class Played:
     lengths: list[int] = field(default_factory=list)
     coverage: list[tuple[int, int]] = field(default_factory=list)  # frames played, distinct states so far: after every step
     places: list[tuple[int, int]] = field(default_factory=list)  # the same of places
+    rooms: list[tuple[int, int]] = field(default_factory=list)  # and of rooms
+    visited: Counter = field(default_factory=Counter)  # agent steps at (level, room, x, y)
     physics: list[np.ndarray] = field(default_factory=list)  # (environments, P): after every step
     frames: int = 0
     seconds: float = 0.0
 
 
 def play(
-    env, policy: Callable, episodes: int, seed: int, *, frames: int = 0, place: tuple[int, ...] = (), watch: Callable | None = None
+    env,
+    policy: Callable,
+    episodes: int,
+    seed: int,
+    *,
+    frames: int = 0,
+    place: dict[str, tuple[int, int]] | None = None,
+    watch: Callable | None = None,
 ) -> Played:
     """Plays `episodes`, a fixed share in each environment, and then on, for coverage alone, until `frames` frames were played.
 
-    policy: Step -> actions. place: the RAM's bytes that tell places apart.
+    policy: Step -> actions. place: as PLACE has them, the RAM's bytes that tell places apart.
     watch: called before each action of the first episode of environment 0.
     """
-    began, played, seen, places = time.monotonic(), Played(), set(), set()
+    began, played, seen, places, rooms, place = time.monotonic(), Played(), set(), set(), set(), place or {}
+    columns, widths = ([part[i] for part in place.values()] for i in (0, 1))
+    room = [i for i, name in enumerate(place) if name in ("level", "room")]
     share = episodes // env.num_envs + (np.arange(env.num_envs) < episodes % env.num_envs)
     finished = np.zeros(env.num_envs, np.int64)
     step = env.reset(seed)
@@ -112,8 +129,14 @@ def play(
             seen.update(fingerprints(step.ram[active]))
             played.coverage.append((played.frames, len(seen)))
             if place:
-                places.update(map(bytes, step.ram[active][:, place]))
+                at = step.ram[active][:, columns]
+                places.update(map(bytes, at // np.array(widths, np.uint8)))
                 played.places.append((played.frames, len(places)))
+                if "room" in place:
+                    rooms.update(map(bytes, at[:, room]))
+                    played.rooms.append((played.frames, len(rooms)))
+                if "x" in place:
+                    played.visited.update(map(bytes, at))
         if step.physics is not None:
             played.physics.append(step.physics[active])
         if not counted.any() and played.frames >= frames:
@@ -127,6 +150,17 @@ def play(
         step = after
     played.seconds = time.monotonic() - began
     return played
+
+
+def visits(visited: Counter, place: dict) -> list[list[int]] | None:
+    """[level, room, x, y, agent steps there], of pairs of pixels; None where the bytes of x and y are not known."""
+    if not visited:
+        return None
+    steps: Counter = Counter()
+    for at, n in visited.items():
+        found = dict(zip(place, at, strict=True))
+        steps[found.get("level", 0), found.get("room", 0), found["x"] // 2 * 2, found["y"] // 2 * 2] += n
+    return [[*where, n] for where, n in sorted(steps.items())]
 
 
 def fingerprints(ram: np.ndarray) -> list[bytes]:
@@ -286,7 +320,7 @@ def measure(run: Run, options: EvaluateConfig, step: str) -> dict:
         if domain == "dmc" and domain_of(own) != domain_of(config.env.name):
             raise UserError(f"--task: {run.folder} knows {domain_of(own)}, which {config.env.name} is no task of")
     game, episodes = config.env.name, options.episodes or EPISODES.get(domain, 10)
-    place = PLACE.get(game, ())
+    place = PLACE.get(game, {})
     with refusals():
         env = DOMAINS[domain](config.env, num_envs=min(options.num_envs, episodes), evaluation=True, seed=options.seed)
     with closing(env):
@@ -328,18 +362,21 @@ def measure(run: Run, options: EvaluateConfig, step: str) -> dict:
             "versions": versions(),
             "hardware": hardware(),
             "mean": float(np.mean(played.returns)),
-            "human_normalised": human_normalised(game, played),
+            "human_normalised": human_normalised(game, played) if protocol.get("reward", "game") == "game" else None,
             "expert_normalised": float(np.mean(played.returns)) / stats.URLB_EXPERT[game] if game in stats.URLB_EXPERT else None,
             "success": float(np.mean(np.array(played.returns) > 0)) if domain == "dmc" and is_sparse(game) else None,
             "state_entropy": entropy,
             "unique_states": count_at(played.coverage, equal),
             "unique_places": count_at(played.places, equal),
+            "unique_rooms": count_at(played.rooms, equal),
             "frames_of_unique_states": equal,
             "frames_played": played.frames,
             "returns": played.returns,
             "lengths": played.lengths,
             "coverage": thinned(played.coverage),
             "places": thinned(played.places),
+            "rooms": thinned(played.rooms),
+            "visited": visits(played.visited, place),
             "physics": sampled(played.physics),
             "seconds": played.seconds,
         }
@@ -406,6 +443,7 @@ def table(entries: list[dict]) -> str:
         "episodes above 0": lambda entry: entry["success"] and f"{100 * entry['success']:.0f} %",
         "unique states": lambda entry: entry["unique_states"] and f"{entry['unique_states']:,}",
         "places": lambda entry: entry["unique_places"] and f"{entry['unique_places']:,}",
+        "rooms": lambda entry: entry["unique_rooms"] and f"{entry['unique_rooms']:,}",
         "state entropy": lambda entry: entry["state_entropy"] and f"{entry['state_entropy']:.2f}",
         "steps an episode": lambda entry: f"{np.mean(entry['lengths']):,.0f}",
     }

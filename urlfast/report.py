@@ -53,6 +53,7 @@ NBSP = "\u00a0"
 WHOLE = 12  # runs of which a page shows all; of more, it compares them
 FEW = 4  # tasks, up to which more is drawn of each than its score
 FILMS = 4  # videos beside each other
+ROOMS = 12  # that are drawn of a game
 FILM = re.compile(r"step-([0-9]{9,18})\.mp4")
 VIDEO_LIMIT = 48_000_000  # bytes; base64 adds a third
 VIDEO_PIXELS = 4_000_000  # of a frame
@@ -207,15 +208,17 @@ def read_all(runs: Sequence[str | Path]) -> list[Story]:
     return [replace(read(run, whole=len(rows) <= WHOLE), row=row) for run, row in rows]
 
 
-COUNTS = ("frames", "success", "state_entropy", "unique_states", "unique_places", "frames_of_unique_states")
+COUNTS = ("frames", "success", "state_entropy", "unique_states", "unique_places", "unique_rooms", "frames_of_unique_states")
 
 
 def _evaluation(entry: dict) -> dict:
     """An entry of results.json; ValueError where a number that is drawn is none."""
     returns, coverage = entry["returns"], [*(entry.get("coverage") or []), *(entry.get("places") or [])]
     counted = [entry[name] for name in COUNTS if entry.get(name) is not None]
-    physics = entry.get("physics") or []
-    numbers = [*returns, *counted, *(number for point in (*coverage, *physics) for number in point)]
+    physics, visited = entry.get("physics") or [], entry.get("visited") or []
+    numbers = [*returns, *counted, *(number for point in (*coverage, *physics, *visited) for number in point)]
+    if any(len(place) != 5 for place in visited):
+        raise ValueError("places that are no level, room, x, y and steps")
     if len({len(state) for state in physics}) > 1:
         raise ValueError("physical states of unequal lengths")
     if not 0 < len(returns) <= 100_000 or not all(map(_plottable, numbers)) or any(len(point) != 2 for point in coverage):
@@ -613,6 +616,35 @@ def coverage(story: Story) -> str:
     )
 
 
+def visited(story: Story) -> str:
+    """Where the player was, room by room: those where the agent spent most time."""
+    found = {name: np.array(places) for name in ("random", "agent") if (places := (story.evaluation(name) or {}).get("visited"))}
+    if "agent" not in found:
+        return ""
+    steps: dict[tuple, float] = {}
+    for level, room, _, _, n in found["agent"].tolist():
+        steps[level, room] = steps.get((level, room), 0) + n
+    rooms = sorted(sorted(steps, key=lambda at: -steps[at])[:ROOMS])
+    levels = len({level for level, _ in steps}) > 1
+    everywhere = np.concatenate(list(found.values()))
+    (low, high), (bottom, top) = ((everywhere[:, i].min() - 4, everywhere[:, i].max() + 4) for i in (2, 3))
+    drawn = []
+    for at in rooms:
+        name = (f"level {at[0]:g}, " if levels else "") + f"room {at[1]:g}"
+        chart = Chart(f"Where the player was in {name}", (low, high), (bottom, top), width=270, height=190, left=8, right=8, ylabel=name,
+                      xticks=[], yticks=[])  # fmt: skip
+        for policy, places in found.items():
+            here = places[(places[:, :2] == at).all(1)]
+            if len(here):
+                chart.dots(here[:, 2], here[:, 3], "s0" if policy == "agent" else "other", radius=1.6 if policy == "agent" else 2.6)
+        drawn.append(chart.svg())
+    others = "" if "random" not in found else ", under them grey those of random play, which goes on until it has as many frames"
+    caption = f"Pixels where the player was at an agent step of the evaluation episodes, from the console's memory{others}."
+    if len(steps) > len(rooms):
+        caption += f" The {len(rooms)} rooms of {len(steps)} in which the agent spent most steps."
+    return figure(f'<div class="rooms">{"".join(drawn)}</div>', caption, "Where the player was")
+
+
 def progress_of_evaluations(story: Story) -> str:
     """Evaluated score against training, where a run was evaluated more than once."""
     found = [e for e in story.evaluations("agent") if e.get("frames") is not None]
@@ -791,7 +823,7 @@ def play(story: Story) -> str:
     styles = {story.group: "s0"}
     above = [compare.efficiency(groups, styles, "Coverage", "state entropy above random play's") for groups in entropies([story]).values()]
     where = [*where_it_was([story], styles), *(figure(*one) for one in above if one)]
-    measured = [part for part in (scores(story), coverage(story), *where, progress_of_evaluations(story)) if part]
+    measured = [part for part in (scores(story), coverage(story), visited(story), *where, progress_of_evaluations(story)) if part]
     seen = video(story)
     return grid(seen, f'<div class="stack">{"".join(measured)}</div>') if seen and measured else grid(seen, *measured)
 

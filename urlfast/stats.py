@@ -32,6 +32,12 @@ ATARI_26 = (  # the games of the 100k benchmark
     "demon_attack", "freeway", "frostbite", "gopher", "hero", "jamesbond", "kangaroo", "krull", "kung_fu_master", "ms_pacman", "pong",
     "private_eye", "qbert", "road_runner", "seaquest", "up_n_down",
 )  # fmt: skip
+HARD_6 = ("montezuma_revenge", "pitfall", "private_eye", "venture", "gravitar", "solaris")  # CPT's games of hard exploration
+ABLATION_12 = (  # CPT's games of ablations
+    "asterix", "bank_heist", "frostbite", "gravitar", "jamesbond", "montezuma_revenge", "ms_pacman", "pong", "private_eye",
+    "space_invaders", "tennis", "up_n_down",
+)  # fmt: skip
+GAME_SETS = {"hard6": HARD_6, "ablation12": ABLATION_12, "atari26": ATARI_26, "atari57": ATARI_57}  # tasks by one name
 
 
 URLB_EXPERT: dict[str, float] = {  # returns of DDPG after 2M frames of the task, by which URLB divides

@@ -3,7 +3,8 @@
 The list is a JSON file, or a ready one by name (READY):
 
     {"seeds": [1, 2, 3],                        of every row that has none of its own; [1, 2, 3] where left out
-     "tasks": ["walker_walk"],                  likewise: games, tasks or environments; left out: the preset's own
+     "tasks": ["walker_walk"],                  likewise: games, tasks or environments; left out: the preset's own. hard6, ablation12,
+                                                atari26 and atari57 stand for their games
      "evaluate": "--episodes 10",               options of `urlfast evaluate` after each run; null: no evaluation
      "rows": [
         {"name": "APT", "train": "apt dmc --steps 100_000", "tasks": ["walker_stand"]},
@@ -37,7 +38,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -61,7 +62,7 @@ from urlfast.run import (
     slug,
     write_json,
 )
-from urlfast.stats import ATARI_26, URLB_EXPERT
+from urlfast.stats import ATARI_26, GAME_SETS, URLB_EXPERT
 
 COMMANDS = {name: [sys.executable, "-m", f"urlfast.{name}"] for name in ("train", "transfer", "evaluate")}
 TASK_OPTION = {"atari": "--env.game", "gym": "--env.id"}  # --env.task elsewhere
@@ -75,7 +76,7 @@ class SweepConfig:
     jobs: int = 1  # processes at a time, among which the processors' threads are shared out (OMP_NUM_THREADS, where it is not set)
     ray: str = ""  # runs them on a Ray cluster instead: its host:port, or local for one on this machine; the folder is shared by all
     rows: tuple[str, ...] = ()  # only these of the list, and those they follow
-    tasks: tuple[str, ...] = ()  # only these of each row; those of rows that have none
+    tasks: tuple[str, ...] = ()  # only these of each row; those of rows that have none. Sets of games by name, as in the list
     seeds: tuple[int, ...] = ()  # instead of the list's
     train: str = ""  # options added to every training, as "--steps 20_000"
     transfer: str = ""  # likewise to every transfer
@@ -300,6 +301,7 @@ def jobs_of(found: dict, options: SweepConfig, folder: Path) -> list[Job]:
     for name in options.rows:
         if name not in names:
             raise UserError(f"--rows: no row {name!r}{nearest(name, names)}")
+    options = replace(options, tasks=tuple(games_of(options.tasks)))
     jobs: dict[str, list[Job]] = {}
     for row in rows:
         jobs[row["name"]] = row_jobs(row, found, options, folder, jobs)
@@ -332,6 +334,7 @@ def row_jobs(row: dict, found: dict, options: SweepConfig, folder: Path, jobs: d
         raise UserError(f"{where}: seeds: must be a list of whole numbers, got {seeds!r}")
     if not isinstance(tasks, list) or not all(isinstance(task, str) and task for task in tasks):
         raise UserError(f"{where}: tasks: must be a list of names, got {tasks!r}")
+    tasks = games_of(tasks)
     evaluation = row.get("evaluate", found.get("evaluate", "")) if kind != "evaluate" else None
     if evaluation is not None:
         evaluation = [*words(evaluation, f"{where}: evaluate"), *words(options.evaluate, "--evaluate")]
@@ -350,6 +353,11 @@ def row_jobs(row: dict, found: dict, options: SweepConfig, folder: Path, jobs: d
         place = folder / slug(name) / (f"{slug(task)}-s{seed}" if task else f"s{seed}")
         made.append(Job(name, task, seed, kind, mine, evaluation, place, after))
     return made
+
+
+def games_of(tasks: Sequence[str]) -> list[str]:
+    """The tasks, and the games of those that name a set, each once."""
+    return list(dict.fromkeys(game for task in tasks for game in GAME_SETS.get(task, (task,))))
 
 
 def check_keys(where: str, found: dict, known: tuple[str, ...]) -> None:

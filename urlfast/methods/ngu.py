@@ -78,7 +78,7 @@ class NGU:
         self.agent = RecurrentAgent(config, shape, actions, device=device, seed=seed, frame_stack=frame_stack)
         self.device = self.agent.device
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed + 2**32)  # not the agent's: its convolutions are of the same shape
+            torch.manual_seed(int(np.random.SeedSequence([seed, 1]).generate_state(1)[0]))  # not the agent's: its weights have these shapes
             self.novelty = NoveltyReward(config.novelty, config.encoder, shape, actions, self.agent.arithmetic)
         self.paid = np.zeros(0, np.float32)  # novelty of the observations that act saw last
         self.quantiles = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95], device=self.device)
