@@ -1,6 +1,7 @@
 """NGU as a method: where its reward comes from and where it goes, what it never sees, what it saves; that it learns to cover."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -9,12 +10,16 @@ from toy_grid import Grid
 from toy_training import train
 from toys import Catch
 
-from urlfast.evaluate import greedy
+from urlfast.checkpoint import read_latest
+from urlfast.evaluate import EvaluateConfig, evaluate, greedy
 from urlfast.intrinsic import NoveltyConfig
 from urlfast.learners.r2d2 import R2D2Config
 from urlfast.methods import LOAD, RESET
 from urlfast.methods.ngu import NGU, NGUConfig
 from urlfast.nets.encoders import EncoderConfig
+from urlfast.report import report
+from urlfast.run import Run, UserError
+from urlfast.train import run_train
 
 LEARNER = R2D2Config(torso=0, lstm=16, hidden=16, lr=2e-3, burn_in=2, target="retrace", gamma=0.95, target_period=50)
 TINY = NGUConfig(
@@ -314,3 +319,24 @@ def test_it_learns_to_cover_a_grid_in_every_episode():
     if found < 28:
         found = covered(COVER, seed=1)
     assert found >= 28, found
+
+
+def test_trained_stopped_resumed_evaluated_and_reported(tmp_path, capsys):
+    """On a world of gymnasium, by the command line; a resumed run's memories begin anew, and its statistics go on."""
+    options = ["--steps", "600", "--learning-start", "300", "--batch-size", "4", "--learner.lstm", "16", "--learner.hidden", "16"]
+    options += ["--learner.torso", "0", "--novelty.hidden", "16", "--replay-ratio", "1", "--env.id", "CartPole-v1", "--runs", str(tmp_path)]
+    assert run_train(["ngu", "gym", *options, "--checkpoint-every", "300", "--log-every", "100"]) == 0
+    run = Run(next(tmp_path.glob("ngu-gym-*")))
+    moments = read_latest(run.folder).state["method"]["moments"]
+    assert run_train(["--resume", str(run.folder), "--steps", "900"]) == 0
+    later = read_latest(run.folder).state["method"]["moments"]
+    assert later["error"]["count"] >= moments["error"]["count"] + 300 and later["distance"]["count"] > moments["distance"]["count"]
+    lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["step"] >= 900 and {"intrinsic_reward", "inverse_accuracy", "rnd_loss", "q_loss"} <= lines[-1].keys()
+    evaluate(EvaluateConfig((str(run.folder),), episodes=4, num_envs=2, video=False))
+    page = report([run.folder]).read_text()
+    assert "NGU on" in page and "Inverse accuracy" in page and "NGU&#x27;s reward" in page and "hangs on what the episode had seen" in page
+    with pytest.raises(UserError, match="ngu takes no continuous actions"):
+        run_train(["ngu", "gym", "--env.id", "Pendulum-v1", "--runs", str(tmp_path)])
+    with pytest.raises(UserError, match="learning_start: must be at least"):
+        run_train(["cpt", "gym", *options, "--learning-start", "5"])
