@@ -103,6 +103,7 @@ def test_lifelong_novelty_multiplies_by_one_to_five():
     assert modulated(episodic, alpha, NoveltyConfig()).tolist() == [2.0, 2.0, 2.0, 5.0, 10.0]
 
 
+@settings(deadline=None)
 @given(st.data(), st.integers(0, 2**32 - 1))
 def test_moments_are_those_of_all_values(data, seed):
     random = np.random.default_rng(seed)
@@ -117,6 +118,17 @@ def test_moments_are_those_of_all_values(data, seed):
         np.testing.assert_allclose(moments.mean, seen.mean(0), rtol=1e-12)
         np.testing.assert_allclose(moments.std, seen.std(0), rtol=1e-6, atol=1e-6)
     assert moments.count == len(seen) and moments.mean.isfinite().all()
+
+
+def test_moments_of_pixels_are_exact_to_float32():
+    random = np.random.default_rng(0)
+    moments, seen = Moments((3, 5), torch.device("cpu")), random.integers(0, 256, (40, 16, 3, 5), np.uint8)
+    seen[..., 0] = 200  # a pixel that never changes
+    for batch in seen:
+        moments.update(torch.from_numpy(batch))
+    flat = np.float64(seen.reshape(-1, 3, 5))
+    np.testing.assert_allclose(moments.mean, flat.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(moments.std, flat.std(0), rtol=1e-5, atol=1e-2)
 
 
 def test_an_episode_ends_its_memory_and_not_the_mean_distance():

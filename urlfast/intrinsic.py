@@ -137,15 +137,17 @@ class Moments:
         self.mean, self.squares = (torch.zeros(shape, dtype=torch.float64, device=device) for _ in range(2))  # squares: of deviations
 
     def update(self, values: Tensor, counted: Tensor | None = None) -> None:
-        """Takes in values (N, *shape). counted: (N,) bool, those that count; None: all. Batches merge as in Chan et al. (1979)."""
-        values = values.double()
-        weight = (torch.ones(len(values), device=values.device) if counted is None else counted).double()
-        n, weight = weight.sum(), weight.view(-1, *[1] * self.mean.dim())
-        mean = (weight * values).sum(0) / n.clamp(min=1)
-        apart, share = mean - self.mean, n / (self.count + n).clamp(min=1)
-        self.squares += (weight * (values - mean).square()).sum(0) + apart.square() * self.count * share
-        self.mean += apart * share
-        self.count += n
+        """Takes in values (N, *shape). counted: (N,) bool, those that count; None: all."""
+        # Summed from the mean so far, so that a large mean costs no digits; of pixels in float32, whose sums of 0..255 are whole at first.
+        dtype = torch.float32 if values.dtype == torch.uint8 else torch.float64
+        apart = values - self.mean.to(dtype)
+        if counted is not None:
+            apart *= counted.view(-1, *[1] * self.mean.dim())
+        first, second = apart.sum(0).double(), apart.square_().sum(0).double()
+        self.count += len(values) if counted is None else counted.sum()
+        moved = first / self.count.clamp(min=1)
+        self.mean += moved
+        self.squares += second - first * moved
 
     @property
     def std(self) -> Tensor:
@@ -221,12 +223,14 @@ class NoveltyReward:
             device = str(self.arithmetic.device)
             self.memory = EpisodicMemory(len(observation), c.capacity, c.embedding, k=c.k, device=device)
             is_first = torch.ones_like(is_first)
+        if learning:
+            self.moments["input"].update(observation)
+        if self.pixels:  # once for all three networks
+            observation = observation.contiguous(memory_format=self.arithmetic.memory_format)
         squared = self.memory.step(self.embed(observation), is_first).double().square()  # (N, k)
         full = squared[:, -1:].isfinite()
         distance, error = self.moments["distance"], self.moments["error"]
         distance.update(squared.where(full, 0.0).flatten(), full.expand_as(squared).flatten())
-        if learning:
-            self.moments["input"].update(observation)
         wrong = self.rnd_error(observation)
         if learning:
             error.update(wrong)
@@ -241,10 +245,9 @@ class NoveltyReward:
     def rnd_error(self, observation: Tensor) -> Tensor:
         """Mean squared error of RND's predictor, (N,) float32."""
         moments, clip = self.moments["input"], self.config.rnd_clip
-        normalised = (observation - moments.mean.float()) / (moments.std.float() + 1e-8)
-        normalised = normalised.clamp(-clip, clip)
-        if self.pixels:
-            normalised = normalised.contiguous(memory_format=self.arithmetic.memory_format)
+        layout = {"memory_format": self.arithmetic.memory_format} if self.pixels else {}
+        mean, scale = (m.float()[None].contiguous(**layout) for m in (moments.mean, 1 / (moments.std + 1e-8)))
+        normalised = observation.to(torch.float32, copy=True, **layout).sub_(mean).mul_(scale).clamp_(-clip, clip)
         with torch.no_grad():
             target = self.rnd["target"](normalised)
         return (self.rnd["predictor"](normalised) - target).square().mean(-1)

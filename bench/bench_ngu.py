@@ -1,0 +1,105 @@
+"""NGU acting: steps of sixteen Montezuma's Revenge environments, chosen by R2D2's network on NGU's reward of every observation.
+
+"urlfast" is a vector step of the training loop without storing or learning: novelty of the observations, Q, actions, emulators. Beside it,
+what it is made of alone: the emulators with actions at hand, and the networks (Q's, the embedding's, RND's two) on inputs at hand, their
+images already floats. Floor: these two, one after the other; what acting adds to it are normalisation, memories, states and bookkeeping.
+"""
+
+import itertools
+
+import numpy as np
+import torch
+
+from bench.harness import Case
+from urlfast.envs.atari import AtariConfig, make_atari
+from urlfast.methods.ngu import NGU, NGUConfig
+
+GAME, ENVS = "montezuma_revenge", 16
+
+
+def agent():
+    """Its weights are random, and so its games are as short as any."""
+    config = NGUConfig.cpt().small()
+    return NGU(config, (4, 84, 84), 18, seed=0)
+
+
+def environment(threads):
+    env = make_atari(AtariConfig(game=GAME, num_envs=ENVS, full_action_set=True, life_loss_terminal=False, workers=threads))
+    return env, env.reset(0)
+
+
+def acting(threads):
+    def make():
+        method, (env, step) = agent(), environment(threads)
+
+        def call():
+            nonlocal step
+            step = env.step(method.act(step))
+            return step.observation
+
+        return call
+
+    return make
+
+
+def emulators(threads):
+    def make():
+        env, _ = environment(threads)
+        script = itertools.cycle(np.random.default_rng(0).integers(0, 18, (500, ENVS)))
+        return lambda: env.step(next(script)).observation
+
+    return make
+
+
+def networks():
+    method = agent()
+    learner, novelty = method.agent.learner, method.novelty
+    images = torch.rand(ENVS, 4, 84, 84).contiguous(memory_format=torch.channels_last)
+    given = images.to(method.agent.arithmetic.dtype)
+    action, reward, state = torch.zeros(ENVS, 1, dtype=torch.int64), torch.zeros(ENVS, 1), learner.q.start(ENVS, method.device)
+
+    @torch.no_grad()
+    def call():
+        with method.agent.arithmetic.autocast():
+            features = learner.encoder(given)
+        q, _ = learner.q(features.float()[:, None], action, reward, state)
+        novelty.embedding["f"](images)
+        novelty.rnd["target"](images)
+        novelty.rnd["predictor"](images)
+        return q.argmax(-1)
+
+    return call
+
+
+def one_after_the_other(threads):
+    def make():
+        steps, forward = emulators(threads)(), networks()
+
+        def call():
+            steps()
+            forward()
+
+        return call
+
+    return make
+
+
+def check(results):
+    assert results["urlfast"].shape == results["emulators alone"].shape == (ENVS, 4, 84, 84)
+    assert results["networks alone"].shape == (ENVS, 1)
+
+
+def cases(threads):
+    return [
+        Case(
+            "ngu",
+            f"{ENVS} x {GAME}, a step",
+            threads,
+            tuple,
+            {"urlfast": acting(threads), "emulators alone": emulators(threads), "networks alone": networks},
+            check,
+            floor=one_after_the_other(threads),
+            targets={"floor": 0.85},
+            processes=True,
+        )
+    ]
