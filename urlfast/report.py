@@ -32,7 +32,14 @@ from urlfast.figures import Chart, data_url, extent, png, short, smooth, thin
 from urlfast.run import Run, UserError, command, human_bytes, human_time, open_plain, read_json, read_metrics, replacing, runs_of
 from urlfast.tables import UNITS, Number, Table, over_tasks
 
-LEARNERS = {"drq": "DrQ", "drq-sac": "DrQ-SAC", "ddpg": "DDPG", "aps-task": "APS's task"}  # on the environment's own reward
+LEARNERS = {  # on the environment's own reward
+    "drq": "DrQ",
+    "drq-sac": "DrQ-SAC",
+    "ddpg": "DDPG",
+    "r2d2": "R2D2",
+    "aps-task": "APS's task",
+    "cpt-task": "CPT's transfer",
+}
 METHODS = {"apt": "APT", "aps": "APS", "ngu": "NGU", "cpt": "CPT"} | LEARNERS
 BESIDE = {
     "seed",

@@ -28,6 +28,7 @@ from urlfast.info import hardware
 from urlfast.learners.drq import DrQConfig
 from urlfast.methods.aps import APS, APSConfig, APSTask, APSTaskConfig
 from urlfast.methods.apt import APT, APTConfig
+from urlfast.methods.cpt import CPTTask, CPTTaskConfig
 from urlfast.methods.ngu import NGU, NGUConfig
 from urlfast.methods.recurrent import RecurrentConfig, RecurrentTask
 from urlfast.methods.task import Task, TaskConfig
@@ -69,7 +70,7 @@ class TrainConfig:
 
 
 METHODS = {"apt": APT, "aps": APS, "ngu": NGU, "cpt": NGU}
-METHODS |= {"drq": Task, "drq-sac": Task, "ddpg": Task, "r2d2": RecurrentTask, "aps-task": APSTask}  # on the environment's own reward
+METHODS |= {"drq": Task, "drq-sac": Task, "ddpg": Task, "r2d2": RecurrentTask, "aps-task": APSTask, "cpt-task": CPTTask}  # on a reward
 DOMAINS = {"atari": make_atari, "dmc": make_dmc, "gym": make_gym}
 FULL = AtariConfig(full_action_set=True, life_loss_terminal=False)  # R2D2's protocol
 WALKER, PIXELS = DMCConfig(task="walker_walk", num_envs=1), DMCConfig(observation="pixels")
@@ -101,6 +102,11 @@ PRESETS = {  # the first of a pair is its default
         ),  # the paper's has 256 actors and 29 GB of rows
         "paper": TrainConfig(RecurrentConfig(), replace(FULL, num_envs=256), steps=2_500_000_000),
     },
+    # What `urlfast transfer` makes of a run by CPT's rules; from scratch, eps-z-greedy exploration.
+    ("cpt-task", "atari"): {
+        "small": TrainConfig(CPTTaskConfig.small(), replace(FULL, num_envs=16), steps=5_000_000),
+        "paper": TrainConfig(CPTTaskConfig(), replace(FULL, num_envs=256), steps=1_250_000_000),
+    },
     # What `urlfast transfer` makes of an APS run; from scratch, phi is random.
     ("aps-task", "atari"): {"paper": TrainConfig(APSTaskConfig.on(TaskConfig()), AtariConfig(num_envs=1), steps=100_000)},
     ("aps-task", "dmc"): {"urlb": TrainConfig(APSTaskConfig.on(TaskConfig.ddpg()), WALKER, steps=100_000)},
@@ -125,6 +131,7 @@ for method, configs in {  # of any environment of gymnasium: which one is the de
     "drq-sac": dict.fromkeys(("continuous", "continuous-pixels"), TaskConfig.sac()),
     "ddpg": dict.fromkeys(("continuous", "continuous-pixels"), TaskConfig.ddpg()),
     "r2d2": dict.fromkeys(("discrete", "discrete-pixels"), RecurrentConfig.toy()),
+    "cpt-task": dict.fromkeys(("discrete", "discrete-pixels"), CPTTaskConfig.toy()),
     "aps-task": {
         kind: APSTaskConfig.on(replace(TaskConfig(), reward_clip=None) if kind.startswith("discrete") else TaskConfig.ddpg())
         for kind in ("discrete", "discrete-pixels", "continuous", "continuous-pixels")
@@ -320,8 +327,15 @@ def make(method: str, domain: str, config: TrainConfig):
 
 
 def make_method(method: str, config: TrainConfig, env):
-    device = chosen_device(config.device)
-    return METHODS[method](config.method, env.observation_shape, env.actions, device=device, seed=config.seed, frame_stack=env.frame_stack)
+    given = dict(device=chosen_device(config.device), seed=config.seed, frame_stack=env.frame_stack)
+    if method == "cpt-task":  # which follows another method, as a run has trained it
+
+        def make_policy(run: dict):
+            name, _, before = load(run)
+            return make_method(name, replace(before, device=config.device), env)
+
+        given["make_policy"] = make_policy
+    return METHODS[method](config.method, env.observation_shape, env.actions, **given)
 
 
 @contextmanager

@@ -1,7 +1,8 @@
-"""`urlfast transfer RUN`: fine-tune what a run has pre-trained on a reward, by default for the 100,000 steps of Atari-100k and URLB.
+"""`urlfast transfer RUN`: what a run has pre-trained, on a reward; by default for the 100,000 steps of Atari-100k and URLB.
 
-The rules are the pre-training method's own (its TRANSFER table). Replay and optimisers begin anew; which parts are loaded, frozen or reset
-is printed. The comparison from scratch is `urlfast train drq atari`, drq-sac or ddpg, with the same options.
+The rules are the pre-training method's own (its TRANSFER table), by which networks are fine-tuned, and those of CPT, by which its policy
+helps a recurrent agent. Replay and optimisers begin anew; which parts are loaded, frozen or reset is printed. The comparison from scratch
+is `urlfast train drq atari`, drq-sac, ddpg or r2d2, with the same options.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, fields, replace
-from typing import Literal
 
 import tyro
 
@@ -21,52 +21,88 @@ from urlfast.learners.drq_sac import DrQSACConfig
 from urlfast.learners.r2d2 import R2D2Config
 from urlfast.methods import FREEZE, LOAD, RESET, transfer
 from urlfast.methods.agent import LEARNED
-from urlfast.run import Run, UsageError, UserError, command
-from urlfast.train import DOMAINS, METHODS, PRESETS, TrainConfig, load, refusals, start, usage
+from urlfast.methods.cpt import VARIANTS
+from urlfast.run import Run, UsageError, UserError, command, nearest
+from urlfast.train import DOMAINS, METHODS, PRESETS, TrainConfig, load, refusals, start, take, usage
 
 # The method that learns from the reward, by the pre-trained learner.
 TASK = {DrQConfig: "drq", DDPGConfig: "ddpg", DrQSACConfig: "drq-sac", R2D2Config: "r2d2"}
+SAYS = {
+    "whole": "encoder and Q go on learning",
+    "random-head": "the encoder goes on learning, Q begins anew",
+    "frozen-encoder": "Q goes on learning, the encoder stays as it is",
+    "cpt": "a new R2D2 agent, which the policy leads on exploratory flights, and which may choose to follow it for a step",
+    "cpt-shared-torso": "the same on the policy's convolutions, which stay as they are",
+    "exploitation": "no flights: it may choose to follow the policy for a step",
+    "exploration": "flights alone",
+    "frozen-torso": "no policy: R2D2 on the convolutions, which stay as they are",
+    "fine-tuning": "no policy: all weights are where CPT's R2D2 begins",
+    "eps-z-greedy": "nothing but a baseline: R2D2 that repeats each random action for a while",
+}
 STEPS = {"atari": 100_000, "dmc": 100_000}  # of Atari-100k, and of URLB
 
 
 @dataclass(frozen=True)
 class TransferConfig(TrainConfig):
-    task: str = ""  # game, or task of the same domain, to fine-tune on; the run's own where empty
-    rule: Literal["whole", "random-head", "frozen-encoder"] = "whole"  # what of the pre-trained network the task begins with
+    task: str = ""  # game, or task of the same domain, to learn; the run's own where empty
+    rule: str = ""  # what the task begins with, and what helps to explore
     checkpoint: str = "latest"  # of the pre-trained run: latest, or a step
+
+
+def rules(method: str, domain: str, pretrained: TrainConfig) -> list[str]:
+    """Those of a run, the default first."""
+    own, recurrent = list(getattr(METHODS[method], "TRANSFER", ())), isinstance(pretrained.method.learner, R2D2Config)
+    if ("cpt-task", domain) not in PRESETS or isinstance(pretrained.method.learner, DDPGConfig | DrQSACConfig):
+        return own  # R2D2 takes numbered actions
+    more = [rule for rule in VARIANTS if recurrent or rule != "fine-tuning"]
+    return more + own if method in ("cpt", "ngu") or not own else own + more
 
 
 def run_transfer(argv: list[str]) -> int:
     if argv and not argv[0].startswith("-"):
         run = Run.find(argv[0])
     elif {"-h", "--help"} & set(argv):
-        print("usage: urlfast transfer RUN [--task TASK] [--rule whole|random-head|frozen-encoder] [options]\n")
-        print("`urlfast transfer RUN --help` lists every option with its default for that run.")
+        print("usage: urlfast transfer RUN [--task TASK] [--rule RULE] [--preset NAME] [options]\n")
+        print("`urlfast transfer RUN --help` lists the rules, and every option with its default, for that run.")
         return 0
     else:
         raise UsageError("which run? urlfast transfer RUN [--task TASK] [--rule RULE]")
     method, domain, pretrained = load(run.config)
-    task = "aps-task" if method == "aps" else TASK[type(pretrained.method.learner)]
+    known, argv = rules(method, domain, pretrained), list(argv)
+    rule, preset = take(argv, "--rule") or known[0], take(argv, "--preset")
+    if rule not in known:
+        raise UsageError(f"--rule: unknown {rule!r}{nearest(rule, known)}")
+    variant = VARIANTS.get(rule)
+    task = "cpt-task" if variant else "aps-task" if method == "aps" else TASK[type(pretrained.method.learner)]
     presets = PRESETS[task, domain]
-    preset = run.config.get("preset") if run.config.get("preset") in presets else next(iter(presets))
-    default = presets[preset]
-    default = replace(default, method=default.method.after(pretrained.method), env=replace(pretrained.env, num_envs=default.env.num_envs))
-    default = replace(default, steps=STEPS.get(domain, default.steps), seed=pretrained.seed, runs=str(run.folder.parent))
+    if preset is None:
+        same = run.config.get("preset") if not variant or isinstance(pretrained.method.learner, R2D2Config) else None
+        preset = same if same in presets else next(iter(presets))
+    if preset not in presets:
+        raise UsageError(f"--preset: unknown {preset!r}{nearest(preset, presets)}")
+    default = inherited(presets[preset], domain, pretrained, variant)
+    default = replace(default, seed=pretrained.seed, runs=str(run.folder.parent))
     options = {field.name: getattr(default, field.name) for field in fields(TrainConfig)}
-    prog, description = f"urlfast transfer {argv[0]}", "Fine-tunes a pre-trained run on its game's reward, in a run of its own."
+    prog, says = f"urlfast transfer {argv[0]}", [f"  {name:18}{SAYS.get(name, '')}" for name in known]
+    description = "\n".join(["Learns a task with what a run has pre-trained. --rule:", *says])
     with usage():
-        wanted = tyro.cli(TransferConfig, default=TransferConfig(**options), args=argv[1:], prog=prog, description=description)
+        wanted = tyro.cli(TransferConfig, default=TransferConfig(**options, rule=rule), args=argv[1:], prog=prog, description=description)
     config = TrainConfig(**{name: getattr(wanted, name) for name in options})
     if wanted.task:
         config = replace(config, env=config.env.playing(wanted.task))
 
     checkpoint = read_latest(run.folder) if wanted.checkpoint == "latest" else read_at(run.folder, wanted.checkpoint)
+    follows = variant is not None and config.method.follows
     with checkpoint.fitting():
-        parts, table = dict(checkpoint.state["method"]), METHODS[method].TRANSFER[wanted.rule]
-    check_fits(domain, pretrained.env, config.env, table)
-    print(f"from {run.folder}, {method} at step {checkpoint.step:,}, rule {wanted.rule}:")
+        parts = dict(checkpoint.state["method"])
+        if variant:
+            parts, table = with_policy(parts, run.config, follows), variant.table(parts) | {"pretrained": FREEZE}
+        else:
+            table = METHODS[method].TRANSFER[rule]
+    check_fits(domain, pretrained.env, config.env, table, follows, "frozen-torso" if variant else "random-head")
+    print(f"from {run.folder}, {method} at step {checkpoint.step:,}, rule {rule}:")
     for part in parts:
-        print(f"  {part:18} {WORDS[table.get(part, RESET)] if part in METHODS[task].parts else 'not used'}", flush=True)
+        print(f"  {part:20} {WORDS[table.get(part, RESET)] if part in METHODS[task].parts else 'not used'}", flush=True)
 
     def prepare(agent):
         with checkpoint.fitting():
@@ -77,14 +113,35 @@ def run_transfer(argv: list[str]) -> int:
         domain,
         preset,
         config,
-        name=f"{method}-transfer-{wanted.rule}-{domain}",
+        name=f"{method}-transfer-{rule}-{domain}",
         prepare=prepare,
-        transfer={"run": str(run.folder), "method": method, "step": checkpoint.step, "rule": wanted.rule},
+        transfer={"run": str(run.folder), "method": method, "step": checkpoint.step, "rule": rule},
     )
 
 
-def check_fits(domain: str, before, after, table: dict) -> None:
-    """Raises UserError where what is loaded was made for another domain of DMControl, for other observations, or for other actions."""
+def inherited(default: TrainConfig, domain: str, pretrained: TrainConfig, variant) -> TrainConfig:
+    """A preset of the task, on the networks and in the world of the pre-trained run."""
+    env = replace(pretrained.env, num_envs=default.env.num_envs)
+    if variant:
+        if hasattr(env, "life_loss_terminal"):
+            env = replace(env, life_loss_terminal=default.env.life_loss_terminal)
+        return replace(default, method=default.method.after(pretrained.method, variant), env=env)
+    steps = default.steps if isinstance(pretrained.method.learner, R2D2Config) else STEPS.get(domain, default.steps)
+    return replace(default, method=default.method.after(pretrained.method), env=env, steps=steps)
+
+
+def with_policy(parts: dict[str, dict], config: dict, follows: bool) -> dict[str, dict]:
+    """The saved parts, as CPT's rules read them: target networks begin equal to the others, and the policy is one more part."""
+    equal = {f"{name}_target": parts[name] for name in ("encoder", "q") if name in parts}
+    made_by = {name: config[name] for name in ("method", "domain", "preset", "config") if name in config}
+    return parts | equal | ({"pretrained": {"run": made_by, "parts": parts}} if follows else {})
+
+
+def check_fits(domain: str, before, after, table: dict, follows: bool, rule: str) -> None:
+    """Raises UserError where what is loaded was made for another domain of DMControl, for other observations, or for other actions.
+
+    follows: the pre-trained policy acts. rule: one that carries no actions over.
+    """
     worlds = []
     for config in (before, after):
         with refusals(), closing(DOMAINS[domain](config, num_envs=1)) as env:
@@ -98,9 +155,9 @@ def check_fits(domain: str, before, after, table: dict) -> None:
         raise UserError(
             f"{after.name} shows observations of shape {other_shape}, the run's {before.name} {shape}: a transfer keeps what an agent sees"
         )
-    if actions != other_actions and any(table[part] != RESET for part in LEARNED):
+    if actions != other_actions and (follows or any(table.get(part, RESET) != RESET for part in LEARNED)):
         hint = ", or pre-train with --env.full-action-set" if domain == "atari" else ""
-        raise UserError(f"{after.name} has {other_actions} actions, the run's {before.name} {actions}: use --rule random-head{hint}")
+        raise UserError(f"{after.name} has {other_actions} actions, the run's {before.name} {actions}: use --rule {rule}{hint}")
 
 
 WORDS = {LOAD: "loaded", FREEZE: "loaded and frozen", RESET: "begins anew"}

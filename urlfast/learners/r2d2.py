@@ -132,6 +132,7 @@ class Acted(NamedTuple):
     choice: np.ndarray  # int64 (N,), in 0..num_outputs-1
     state: Tensor  # (N, 2, H), after the observation
     mu: np.ndarray  # float32 (N,), the probability of the choice
+    at_random: np.ndarray  # bool (N,), where it was not sought but drawn
     q: Tensor  # (N, num_outputs)
 
 
@@ -177,7 +178,7 @@ class R2D2:
         at_random = torch.rand(n, generator=self.generator) < epsilon
         choice = torch.where(at_random, torch.randint(num_outputs, (n,), generator=self.generator), greedy)
         mu = epsilon / num_outputs + (1 - epsilon) * (choice == greedy)  # also where the greedy one was drawn at random
-        return Acted(choice.numpy(), state, mu.numpy(), q)
+        return Acted(choice.numpy(), state, mu.numpy(), at_random.numpy(), q)
 
     def update(self, batch: Batch, reward: Tensor, online: Tensor, target: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """One gradient step on `reward` (B, L), of Q and of the encoder that made `online`. The priorities are errors, (B, T)."""

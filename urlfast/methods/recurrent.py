@@ -320,7 +320,8 @@ class RecurrentAgent:
         if part not in ("encoder", "encoder_target"):
             raise ValueError(f"part: only the encoder can be frozen, got {part!r}")
         self.frozen = True
-        self.learner.encoder.requires_grad_(False)
+        self.learner.encoder.requires_grad_(False).eval()  # a spectral norm stays as it is, too
+        self.learner.encoder_target.eval()
 
 
 # The environment's own reward ----------------------------------------------------------------------------------------
@@ -329,11 +330,15 @@ class RecurrentAgent:
 class RecurrentTask:
     TRANSFER = rules()  # to another task
     parts = ("encoder", "encoder_target", "q", "q_target", "q_optimizer", "progress")
+    columns: tuple[str, ...] = ()  # of a batch that an update reads, beside those of every recurrent agent
 
-    def __init__(self, config: RecurrentConfig, observation_shape, actions, *, device="cpu", seed: int = 0, frame_stack: int = 4):
-        """observation_shape: (frame_stack * channels, height, width) of uint8 images, or (frame_stack * features,) of float32 vectors."""
+    def __init__(self, config: RecurrentConfig, observation_shape, actions, *, device="cpu", seed: int = 0, frame_stack: int = 4, **given):
+        """observation_shape: (frame_stack * channels, height, width) of uint8 images, or (frame_stack * features,) of float32 vectors.
+
+        given: to the RecurrentAgent.
+        """
         self.config = config
-        self.agent = RecurrentAgent(config, tuple(observation_shape), actions, device=device, seed=seed, frame_stack=frame_stack)
+        self.agent = RecurrentAgent(config, tuple(observation_shape), actions, device=device, seed=seed, frame_stack=frame_stack, **given)
         self.device = self.agent.device
         self.captured = Captured(self.gradient_step, self.device)
 
@@ -351,7 +356,7 @@ class RecurrentTask:
 
     def update(self, replay: SequenceReplay) -> dict[str, Tensor]:
         """One gradient step on a batch of the replay. On a GPU the metrics hold until the next call."""
-        indices, arrays = self.agent.sample(replay)
+        indices, arrays = self.agent.sample(replay, *self.columns)
         metrics = dict(self.captured(**arrays))
         self.agent.after_update(replay, indices, metrics.pop("priorities"))
         return metrics
