@@ -18,6 +18,7 @@ import tyro
 
 from urlfast import report, sweep, train
 from urlfast.envs.atari import games
+from urlfast.methods.cpt import VARIANTS
 from urlfast.run import UsageError, UserError, read_json, runs_of
 from urlfast.stats import GAME_SETS
 from urlfast.sweep import READY, SweepConfig, jobs_of
@@ -256,6 +257,9 @@ def test_ready_sweeps_are_commands_that_the_options_know(name):
         assert plain.method.encoder.spectral_norm and changed.method.encoder == type(changed.method.encoder)()
     elif name == "urlb":
         assert len(jobs) == 2 * (3 + 12) + 12
+    elif name == "cpt-ablations":
+        ruled = {row["transfer"].split()[1] for row in READY[name]["rows"] if "transfer" in row}
+        assert ruled == VARIANTS.keys() - {"eps-z-greedy"} and len(jobs) == 12 * (1 + 6 + 3)
 
 
 def test_tasks_and_rows_choose_and_bring_what_they_follow():

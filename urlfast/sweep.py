@@ -62,7 +62,7 @@ from urlfast.run import (
     slug,
     write_json,
 )
-from urlfast.stats import ATARI_26, GAME_SETS, URLB_EXPERT
+from urlfast.stats import ABLATION_12, ATARI_26, GAME_SETS, URLB_EXPERT
 
 COMMANDS = {name: [sys.executable, "-m", f"urlfast.{name}"] for name in ("train", "transfer", "evaluate")}
 TASK_OPTION = {"atari": "--env.game", "gym": "--env.id"}  # --env.task elsewhere
@@ -120,6 +120,20 @@ def atari_100k() -> dict:
     return {"tasks": list(ATARI_26), "rows": [*rows, {"name": "DrQ", "train": "drq atari"}]}
 
 
+def cpt_ablations() -> dict:
+    """CPT and its parts on the paper's twelve games, each after the same pre-training; and three baselines on the same learner."""
+    before = "CPT, pre-training"
+    rows = [{"name": before, "train": "cpt atari --preset paper"}, {"name": "CPT", "transfer": "--rule cpt", "after": before}]
+    for rule in ("exploitation", "exploration", "cpt-shared-torso", "frozen-torso", "fine-tuning"):
+        rows.append({"name": rule.replace("-", " "), "transfer": f"--rule {rule}", "after": before})
+    rows += [
+        {"name": "eps-z-greedy", "train": "cpt-task atari --preset paper"},
+        {"name": "eps-greedy", "train": "cpt-task atari --preset paper --flight.by none"},
+        {"name": "constant reward", "train": "cpt atari --preset paper --novelty.reward constant"},
+    ]
+    return {"tasks": list(ABLATION_12), "rows": rows}
+
+
 READY: dict[str, dict] = {
     "apt-ablations": ablations(
         "APT",
@@ -142,6 +156,7 @@ READY: dict[str, dict] = {
     ),
     "urlb": urlb(),
     "atari-100k": atari_100k(),
+    "cpt-ablations": cpt_ablations(),
 }
 
 
