@@ -654,8 +654,9 @@ def visited(story: Story) -> str:
 
 def progress_of_evaluations(story: Story) -> str:
     """Evaluated score against training, where a run was evaluated more than once."""
-    found = [e for e in story.evaluations("agent") if e.get("frames") is not None]
-    if len({e["frames"] for e in found}) < 2:
+    newest = {e["frames"]: e for e in story.evaluations("agent") if e.get("frames") is not None}  # of each checkpoint
+    found = [newest[frames] for frames in sorted(newest)]
+    if len(found) < 2:
         return ""
     x, y = np.array([e["frames"] for e in found], np.float64), np.array([np.mean(e["returns"]) for e in found])
     between = np.array([interval(e["returns"]) or (m, m) for e, m in zip(found, y, strict=True)])
@@ -787,7 +788,8 @@ def _names(count: int) -> list[str]:
 def video(story: Story) -> str:
     if story.video is None:
         return ""
-    return film(story.video, "The first evaluation episode, {seconds} of it, at the speed of the game ({name}).", VIDEO_LIMIT)
+    shown = "Each environment with a skill of its own" if story.video.name.startswith("skills-") else "The first evaluation episode"
+    return film(story.video, shown + ", {seconds} of it, at the speed of the game ({name}).", VIDEO_LIMIT)
 
 
 def films(story: Story) -> str:
