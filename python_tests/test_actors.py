@@ -26,6 +26,7 @@ from urlfast.checkpoint import read_latest
 from urlfast.envs.gym import GymConfig, make_gym
 from urlfast.learners.r2d2 import epsilons
 from urlfast.methods import stored_rows
+from urlfast.methods.ngu import NGU, NGUConfig
 from urlfast.methods.recurrent import RecurrentConfig, RecurrentTask
 from urlfast.run import UsageError, UserError, read_metrics
 
@@ -120,14 +121,23 @@ def test_rows_go_in_their_order_when_the_sequences_that_begin_in_them_are_whole(
                     assert np.isnan(row["priority"])
 
 
-@pytest.mark.parametrize("burn_in, target", [(0, "n-step"), (3, "n-step"), (3, "retrace"), (3, "peng")])
-def test_first_priorities_are_those_that_the_learner_would_find_with_the_same_weights(burn_in, target):
+@pytest.mark.parametrize(
+    "kind, burn_in, target",
+    [
+        (RecurrentTask, 0, "n-step"),
+        (RecurrentTask, 3, "n-step"),
+        (RecurrentTask, 3, "retrace"),
+        (RecurrentTask, 3, "peng"),
+        (NGU, 3, "retrace"),
+    ],
+)
+def test_first_priorities_are_those_that_the_learner_would_find_with_the_same_weights(kind, burn_in, target):
     """Both networks are the acting one here, and the stored state leads the learner to its Q values: not a row may be off."""
-    c = RecurrentConfig.toy()
+    c = RecurrentConfig.toy() if kind is RecurrentTask else NGUConfig.toy()
     learner = train.replace(c.learner, burn_in=burn_in, target=target, torso=16, lstm=16, hidden=16, n_step=3, epsilon=0.9)
     config = train.replace(c, learner=learner, trace_length=8, period=4, priority_exponent=1.0, precision="fp32", batch_size=512)
     env = make_gym(GymConfig("CartPole-v1"), num_envs=3, seed=0)
-    method = RecurrentTask(config, env.observation_shape, env.actions, seed=1, frame_stack=1)
+    method = kind(config, env.observation_shape, env.actions, seed=1, frame_stack=1)
     replay = method.make_replay(3, 2000)
     sequences, step = Sequences(3, config, replay.fields), env.reset()
     for _ in range(60):
@@ -145,8 +155,9 @@ def test_first_priorities_are_those_that_the_learner_would_find_with_the_same_we
               ("action", "reward", "terminated", "mask", "state", "previous_action", "previous_reward", "mu")}  # fmt: skip
     frames = torch.from_numpy(batch.observation.copy())
     sequence = SimpleNamespace(**arrays, choice=None, weight=None)
+    reward = sequence.reward if kind is RecurrentTask else torch.from_numpy(np.roll(batch.novelty, -1, 1))
     with torch.no_grad():
-        error, _ = method.agent.learner.errors(sequence, sequence.reward, *method.agent.features(frames))
+        error, _ = method.agent.learner.errors(sequence, reward, *method.agent.features(frames))
     error, mask = error[0].abs().numpy(), arrays["mask"].numpy()[:, burn_in:]
     priority = 0.9 * error.max(1) + 0.1 * error.sum(1) / mask.sum(1)
     assert len(set(indices.tolist())) > 50 and priority.max() > 2 * priority.min()
@@ -242,17 +253,10 @@ def cluster():
     os.environ |= before
 
 
-def begin(cluster, runs: Path, *argv: str, code: str = "") -> subprocess.Popen:
+def begin(cluster, runs: Path, *argv: str, method: str = "r2d2", code: str = "") -> subprocess.Popen:
     """`urlfast train`, in a process of its own that prints to a file."""
-    words = [
-        "r2d2",
-        "gym",
-        "--ray-address",
-        cluster.address,
-        "--runs",
-        str(runs),
-        *(f"--{name}={value}" for name, value in OPTIONS.items()),
-    ]
+    words = [method, "gym", "--ray-address", cluster.address, "--runs", str(runs)]
+    words += [f"--{name}={value}" for name, value in OPTIONS.items()]
     words = argv if "--resume" in argv else (*words, *argv)
     runs.mkdir(exist_ok=True)
     with open(runs / "log.txt", "a") as log:
@@ -261,7 +265,7 @@ def begin(cluster, runs: Path, *argv: str, code: str = "") -> subprocess.Popen:
 
 
 def run_of(runs: Path) -> Path | None:
-    return next(iter(runs.glob("r2d2-*")), None)
+    return next(iter(runs.glob("*-gym-*")), None)
 
 
 def until(what, process: subprocess.Popen | None, runs: Path, seconds: float = 300):
@@ -327,6 +331,15 @@ def test_two_nodes_act_one_process_learns_and_the_evaluator_sees_it(cluster, tmp
 
 
 @needs_ray
+def test_ngu_acts_elsewhere_too_and_the_learner_knows_what_its_actors_saw(cluster, tmp_path):
+    process = begin(cluster, tmp_path, method="ngu")
+    until(lambda: len(lines(tmp_path)) >= 3 and lines(tmp_path)[-1].get("intrinsic_reward", 0) > 0, process, tmp_path)
+    finish(process, tmp_path)
+    moments = read_latest(run_of(tmp_path)).state["method"]["moments"]["input"]
+    assert moments["count"] > 200 and 0.9 < moments["squares"][2] / moments["count"] < 1.1  # the coin is 1 or -1
+
+
+@needs_ray
 def test_a_killed_actor_is_replaced_and_its_sequences_are_counted(cluster, tmp_path):
     process = begin(cluster, tmp_path)
     until(lambda: len(lines(tmp_path)) >= 2, process, tmp_path)
@@ -358,7 +371,7 @@ def test_a_killed_node_is_survived(cluster, tmp_path):
 @needs_ray
 def test_a_killed_learner_goes_on_with_its_replay(cluster, tmp_path):
     process = begin(cluster, tmp_path)
-    until(lambda: len(list(tmp_path.glob("r2d2-*/checkpoints/step-*"))) >= 3 and players(), process, tmp_path)
+    until(lambda: len(list(tmp_path.glob("*-gym-*/checkpoints/step-*"))) >= 3 and players(), process, tmp_path)
     process.kill()
     process.wait()
     until(lambda: not players(), None, tmp_path)  # its actors end with it

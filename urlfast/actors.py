@@ -17,6 +17,7 @@ and period 40, in steps of one environment:
 
 What gets lost: with an actor the rows that it held, which no step was counted for, and one unfinished sequence of each environment, which
 is counted; with a machine also the answers that the learner had not fetched. Another actor goes on with the streams, from new episodes.
+Statistics that acting keeps, as NGU's of what its networks see, are each actor's own; the learner and the evaluator have the first one's.
 Answers wait in the object store until the learner takes them. As an actor has AHEAD calls before it and not more, that is what bounds
 memory, and what keeps actors from running away from a slower learner: updates follow steps received, as in one process.
 """
@@ -230,7 +231,10 @@ class Actor:
         evaluates = {} if index is not None else {"num_envs": 1, "evaluation": True}
         self.env = spec.make_env(config.env, seed=env_seed, **evaluates)
         self.method = spec.make_method(spec.method, replace(config, device="cpu", seed=method_seed), self.env)
+        self.own = ()
         self.load(parts)
+        self.own = () if index is None else self.method.statistics  # what it keeps of its own acting
+        self.told = self.own if index == 0 else ()
         if index is not None:
             n = self.env.num_envs
             self.method.agent.first, self.method.agent.of = index * n, config.actors * n
@@ -239,9 +243,10 @@ class Actor:
         return me | {"fingerprint": fingerprint(config, self.method)}
 
     def load(self, parts: list) -> None:
-        """parts: a reference in a list, which Ray passes on unread: what is already here is not fetched again."""
-        for part, state in self.ray.get(parts[0]).items():
-            self.method.load_part(part, tensors(state))
+        """parts: references in a list, which Ray passes on unread: they are fetched only where they are needed."""
+        for part, state in [entry for held in self.ray.get(parts) for entry in held.items()]:
+            if part not in self.own:
+                self.method.load_part(part, tensors(state))
 
     def refresh(self, version: int, parts: list) -> None:
         if version != self.version:
@@ -256,7 +261,9 @@ class Actor:
             q, after = self.method.agent.q, self.env.step(action)
             self.sequences.add(stored_rows(self.method, self.env, self.step, action, after), q, self.step)
             self.step = after
-        return self.sequences.take(self.method.initial_errors) | {"version": version}
+        state = self.method.state_dict() if self.told else {}
+        statistics = {part: arrays(state[part]) for part in self.told}
+        return self.sequences.take(self.method.initial_errors) | {"version": version, "statistics": statistics}
 
     def evaluate(self, version: int, parts: list) -> dict[str, Any]:
         """One episode, greedily."""
@@ -361,11 +368,11 @@ class Actors:
 
     def _broadcast(self) -> None:
         """One copy for all: each machine fetches it once, when an actor there needs it; it goes when no call names it any more."""
-        self.version, self.policy = self.counters.updates, self._put(self.method.acting)
+        self.version, self.policy = self.counters.updates, self._put((*self.method.acting, *self.method.statistics))
 
     def _place(self, slot: Slot) -> None:
         slot.attempt, slot.there, slot.handle = slot.attempt + 1, False, self.remote.options(scheduling_strategy="SPREAD").remote()
-        hello = slot.handle.hello.remote(__version__, self.pickled, slot.index, slot.attempt, [self.fixed])
+        hello = slot.handle.hello.remote(__version__, self.pickled, slot.index, slot.attempt, [self.fixed, self.policy])
         slot.calls = deque([(self._greeted, hello)])
 
     def _replace(self, slot: Slot, error: Exception) -> None:
@@ -414,6 +421,8 @@ class Actors:
         slot.failures = 0
         self._ask(slot)
         self.ages.append(self.counters.updates - chunk["version"])
+        for part, state in chunk["statistics"].items():
+            self.method.load_part(part, tensors(state))
         if len(chunk["streams"]):
             self.replay.add(spread(chunk, self.replay.fields), chunk["streams"])
         return int(np.count_nonzero(~chunk["rows"]["is_last"])), chunk["scores"], chunk["lengths"]

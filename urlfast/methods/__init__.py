@@ -13,7 +13,7 @@ The contract, which every method keeps and no base class enforces:
 A method whose environments may step on other machines (actors.py) has besides
 
     agent                    the RecurrentAgent that acts: its q of the last act, and where its environments stand among all (first, of)
-    acting, fixed            parts that act and observe read: those that updates change, and those that they do not
+    acting, fixed, statistics   parts that act and observe read: those that updates change; that nothing changes; that acting changes
     initial_errors(batch, q) |errors| (B, T) of sequences as they were acted; batch: their columns, (B, L) and mask (B, L - 1)
 """
 

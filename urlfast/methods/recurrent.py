@@ -339,7 +339,7 @@ class RecurrentTask:
     TRANSFER = rules()  # to another task
     parts = ("encoder", "encoder_target", "q", "q_target", "q_optimizer", "progress")
     columns: tuple[str, ...] = ()  # of a batch that an update reads, beside those of every recurrent agent
-    acting, fixed = ("encoder", "q"), ()
+    acting, fixed, statistics = ("encoder", "q"), (), ()
 
     def __init__(self, config: RecurrentConfig, observation_shape, actions, *, device="cpu", seed: int = 0, frame_stack: int = 4, **given):
         """observation_shape: (frame_stack * channels, height, width) of uint8 images, or (frame_stack * features,) of float32 vectors.
