@@ -191,8 +191,10 @@ def test_ray_is_asked_for_where_it_is_missing_and_only_there(monkeypatch):
     monkeypatch.setattr(actors, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"--ray-address: Ray is not installed; pip install 'urlfast\[ray\]'"):
         train.run_train(["r2d2", "gym", "--actors", "2"])
-    with pytest.raises(UsageError, match=r"--actors: apt acts in this process alone; .*: r2d2"):
+    with pytest.raises(UsageError, match=r"--actors: apt acts in this process alone; .*: ngu, cpt, r2d2"):
         train.run_train(["apt", "gym", "--actors", "2"])
+    with pytest.raises(UsageError, match=r"--actors: this machine alone takes \d+ at most, got 1000; --ray-address names a cluster"):
+        train.run_train(["r2d2", "gym", "--actors", "1000"])
     with pytest.raises(ValueError, match="actors: must be at least 0, got -1"):
         train.TrainConfig(RecurrentConfig(), GymConfig(), actors=-1)
 
@@ -325,7 +327,7 @@ def test_two_nodes_act_one_process_learns_and_the_evaluator_sees_it(cluster, tmp
     assert len(set(seen.values())) == 2, "all on one node"
     until(lambda: lines(tmp_path) and lines(tmp_path)[-1].get("evaluation_score", 0) > 0.9 * toy_actors.LENGTH, process, tmp_path)
     told = finish(process, tmp_path)
-    assert all(line["actors"] == 2 and line["actors_lost"] == line["sequences_dropped"] == 0 for line in told)
+    assert told[-1]["actors"] == 2 and all(line["actors_lost"] == line["sequences_dropped"] == 0 for line in told)
     assert all(0 <= line["policy_age"] <= line["policy_age_max"] for line in told) and max(line["policy_age"] for line in told) > 0
     until(lambda: not players(), None, tmp_path)  # nobody stays behind
 
@@ -375,7 +377,10 @@ def test_a_killed_learner_goes_on_with_its_replay(cluster, tmp_path):
     process.kill()
     process.wait()
     until(lambda: not players(), None, tmp_path)  # its actors end with it
-    process = begin(cluster, tmp_path, "--resume", str(run_of(tmp_path)))
+    process = begin(cluster, tmp_path, "--resume", str(run_of(tmp_path)))  # the folder is not asked whom to trust
+    until(lambda: process.poll() is not None, None, tmp_path)
+    assert process.returncode == 2 and f"last at {cluster.address}; say where now" in (tmp_path / "log.txt").read_text()
+    process = begin(cluster, tmp_path, "--resume", str(run_of(tmp_path)), "--ray-address", cluster.address)
     resumed = until(
         lambda: re.search(r"on from step ([\d,]+) of .*, with ([\d,]+) updates", (tmp_path / "log.txt").read_text()), process, tmp_path
     )

@@ -303,6 +303,9 @@ class Actors:
         self.frame_stack, self.action_repeat = env.frame_stack, env.action_repeat
         self.num_envs = config.actors * config.env.num_envs
         env.close()
+        most = 8 * os.cpu_count()
+        if config.ray_address == "local" and config.actors > most:
+            raise UsageError(f"--actors: this machine alone takes {most} at most, got {config.actors}; --ray-address names a cluster")
         self.ray = connect("--ray-address", config.ray_address, num_cpus=config.actors + 1, include_dashboard=False)
         self.remote = self.ray.remote(num_cpus=1, max_restarts=0)(Actor)
         self._empty()

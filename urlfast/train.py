@@ -382,7 +382,7 @@ def start(method: str, domain: str, preset: str, config: TrainConfig, *, name: s
         with run.locked():
             print(cost(run, config, agent, trial, env, replay, seconds), flush=True)
             stopped = train(run, config, agent, env, replay, Counters(), Checkpoints(run.folder, config.keep))
-    return farewell(run, stopped)
+    return farewell(run, config, stopped)
 
 
 def resume(name: str, argv: list[str]) -> int:
@@ -395,6 +395,10 @@ def resume(name: str, argv: list[str]) -> int:
             if argv[:2] != [method, domain]:
                 raise UsageError(f"{run.folder} is a run of {method} {domain}, not of {' '.join(argv[:2])}")
             argv = argv[2:]
+        if config.actors and config.ray_address != "local" and not any(word.partition("=")[0] == "--ray-address" for word in argv):
+            raise UsageError(  # what a cluster sends is trusted, what lies in a run's folder is not
+                f"--ray-address: {run.folder} acts on the machines of a cluster, last at {config.ray_address}; say where now, or local"
+            )
         config = resumed(config, parse(config, argv, f"urlfast train --resume {name}"))
         chosen_device(config.device)
         checkpoint = read_latest(run.folder, replay=True)
@@ -415,7 +419,7 @@ def resume(name: str, argv: list[str]) -> int:
             )
             checkpoints = Checkpoints(run.folder, config.keep, checkpoint)
             stopped = train(run, config, agent, env, replay, counters, checkpoints)
-    return farewell(run, stopped)
+    return farewell(run, config, stopped)
 
 
 def check_replay(replay, agent, num_envs: int) -> None:
@@ -454,9 +458,10 @@ def load(saved: dict) -> tuple[str, str, TrainConfig]:
     return method, domain, from_dict(default, saved["config"])
 
 
-def farewell(run: Run, stopped: str | None) -> int:
+def farewell(run: Run, config: TrainConfig, stopped: str | None) -> int:
     if stopped:
-        print(f"stopped, and saved. Go on with: urlfast train --resume {run.folder}")
+        where = f" --ray-address {config.ray_address}" if config.actors and config.ray_address != "local" else ""
+        print(f"stopped, and saved. Go on with: urlfast train --resume {run.folder}{where}")
         return 128 + signal.Signals[stopped]
     print(f"done. Next: urlfast evaluate {run.folder}, urlfast report {run.folder}")
     return 0
