@@ -255,15 +255,24 @@ def cluster():
     os.environ |= before
 
 
-def begin(cluster, runs: Path, *argv: str, method: str = "r2d2", code: str = "") -> subprocess.Popen:
-    """`urlfast train`, in a process of its own that prints to a file."""
-    words = [method, "gym", "--ray-address", cluster.address, "--runs", str(runs)]
-    words += [f"--{name}={value}" for name, value in OPTIONS.items()]
-    words = argv if "--resume" in argv else (*words, *argv)
-    runs.mkdir(exist_ok=True)
-    with open(runs / "log.txt", "a") as log:
+@pytest.fixture
+def begin(cluster):
+    """`urlfast train` as a function, in a process of its own that prints to a file; what still runs after the test is killed."""
+    begun = []
+
+    def begin(runs: Path, *argv: str, method: str = "r2d2", code: str = "") -> subprocess.Popen:
+        words = [method, "gym", "--ray-address", cluster.address, "--runs", str(runs)]
+        words += [f"--{name}={value}" for name, value in OPTIONS.items()]
+        words = argv if "--resume" in argv else (*words, *argv)
         command = [sys.executable, "-c", f"from urlfast import actors, train\n{code}\ntrain.main()", *words]
-        return subprocess.Popen(command, env=toy_run.environment(), stdout=log, stderr=log)
+        with open(runs / "log.txt", "a") as log:
+            begun.append(subprocess.Popen(command, env=toy_run.environment(), stdout=log, stderr=log))
+        return begun[-1]
+
+    yield begin
+    for process in begun:
+        process.kill()
+        process.wait()
 
 
 def run_of(runs: Path) -> Path | None:
@@ -297,6 +306,11 @@ def players() -> dict[int, int]:
     return found
 
 
+def collecting() -> int | None:
+    """An actor, and not the evaluator; None where none is at work now."""
+    return next((pid for pid in players() if b"collect" in Path(f"/proc/{pid}/cmdline").read_bytes()), None)
+
+
 def finish(process: subprocess.Popen, runs: Path) -> list[dict]:
     """Stops the run. What it counted is what its replay has, every row there is once and in its place, and all updates were paid."""
     process.terminate()
@@ -321,8 +335,8 @@ def total(runs: Path, name: str) -> float:
 
 
 @needs_ray
-def test_two_nodes_act_one_process_learns_and_the_evaluator_sees_it(cluster, tmp_path):
-    process = begin(cluster, tmp_path)
+def test_two_nodes_act_one_process_learns_and_the_evaluator_sees_it(begin, tmp_path):
+    process = begin(tmp_path)
     seen = until(lambda: (found := players()) and len(found) == 3 and found, process, tmp_path)
     assert len(set(seen.values())) == 2, "all on one node"
     until(lambda: lines(tmp_path) and lines(tmp_path)[-1].get("evaluation_score", 0) > 0.9 * toy_actors.LENGTH, process, tmp_path)
@@ -333,8 +347,8 @@ def test_two_nodes_act_one_process_learns_and_the_evaluator_sees_it(cluster, tmp
 
 
 @needs_ray
-def test_ngu_acts_elsewhere_too_and_the_learner_knows_what_its_actors_saw(cluster, tmp_path):
-    process = begin(cluster, tmp_path, method="ngu")
+def test_ngu_acts_elsewhere_too_and_the_learner_knows_what_its_actors_saw(begin, tmp_path):
+    process = begin(tmp_path, method="ngu")
     until(lambda: len(lines(tmp_path)) >= 3 and lines(tmp_path)[-1].get("intrinsic_reward", 0) > 0, process, tmp_path)
     finish(process, tmp_path)
     moments = read_latest(run_of(tmp_path)).state["method"]["moments"]["input"]
@@ -342,11 +356,10 @@ def test_ngu_acts_elsewhere_too_and_the_learner_knows_what_its_actors_saw(cluste
 
 
 @needs_ray
-def test_a_killed_actor_is_replaced_and_its_sequences_are_counted(cluster, tmp_path):
-    process = begin(cluster, tmp_path)
+def test_a_killed_actor_is_replaced_and_its_sequences_are_counted(begin, tmp_path):
+    process = begin(tmp_path)
     until(lambda: len(lines(tmp_path)) >= 2, process, tmp_path)
-    collecting = [pid for pid in players() if b"collect" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-    os.kill(collecting[0], signal.SIGKILL)
+    os.kill(until(collecting, process, tmp_path), signal.SIGKILL)
     until(lambda: total(tmp_path, "actors_lost") and lines(tmp_path)[-1]["actors"] == 2, process, tmp_path)
     finish(process, tmp_path)
     assert total(tmp_path, "actors_lost") == 1 and total(tmp_path, "sequences_dropped") == EACH
@@ -354,11 +367,11 @@ def test_a_killed_actor_is_replaced_and_its_sequences_are_counted(cluster, tmp_p
 
 
 @needs_ray
-def test_a_killed_node_is_survived(cluster, tmp_path):
+def test_a_killed_node_is_survived(begin, cluster, tmp_path):
     node = cluster.nodes.add_node(**cluster.node)
     raylet = node.all_processes["raylet"][0].process.pid
     try:
-        process = begin(cluster, tmp_path)
+        process = begin(tmp_path)
         until(lambda: len(lines(tmp_path)) >= 2 and len(players()) == 3, process, tmp_path)
         assert raylet in players().values(), "none acts there"
         before = lines(tmp_path)[-1]["step"]
@@ -371,16 +384,16 @@ def test_a_killed_node_is_survived(cluster, tmp_path):
 
 
 @needs_ray
-def test_a_killed_learner_goes_on_with_its_replay(cluster, tmp_path):
-    process = begin(cluster, tmp_path)
+def test_a_killed_learner_goes_on_with_its_replay(begin, cluster, tmp_path):
+    process = begin(tmp_path)
     until(lambda: len(list(tmp_path.glob("*-gym-*/checkpoints/step-*"))) >= 3 and players(), process, tmp_path)
     process.kill()
     process.wait()
     until(lambda: not players(), None, tmp_path)  # its actors end with it
-    process = begin(cluster, tmp_path, "--resume", str(run_of(tmp_path)))  # the folder is not asked whom to trust
+    process = begin(tmp_path, "--resume", str(run_of(tmp_path)))  # the folder is not asked whom to trust
     until(lambda: process.poll() is not None, None, tmp_path)
     assert process.returncode == 2 and f"last at {cluster.address}; say where now" in (tmp_path / "log.txt").read_text()
-    process = begin(cluster, tmp_path, "--resume", str(run_of(tmp_path)), "--ray-address", cluster.address)
+    process = begin(tmp_path, "--resume", str(run_of(tmp_path)), "--ray-address", cluster.address)
     resumed = until(
         lambda: re.search(r"on from step ([\d,]+) of .*, with ([\d,]+) updates", (tmp_path / "log.txt").read_text()), process, tmp_path
     )
@@ -405,8 +418,8 @@ def test_a_killed_learner_goes_on_with_its_replay(cluster, tmp_path):
         ("actors.PATIENCE = 0", r"--actors: none began within 0 s; each takes one CPU, and \d+ are free in the cluster"),
     ],
 )
-def test_an_actor_that_is_not_the_learners_is_refused(cluster, tmp_path, code, says):
-    process = begin(cluster, tmp_path, code=code)
+def test_an_actor_that_is_not_the_learners_is_refused(begin, tmp_path, code, says):
+    process = begin(tmp_path, code=code)
     until(lambda: process.poll() is not None, None, tmp_path)
     log = (tmp_path / "log.txt").read_text()
     assert process.returncode == 1 and re.search("urlfast train: .*" + says, log) and "Traceback" not in log, log
