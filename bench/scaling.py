@@ -119,11 +119,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     step, chunk, method = kept["r2d2", 8]
     fields, state = method.make_replay(1, 1).fields, method.state_dict()
-    rows, chunk = len(chunk["streams"]), {name: value for name, value in chunk.items() if name != "version"}
-    # Added again and again, in streams of their own each time, for a stream does not take the same rows twice.
-    replay = replace_streams(method, 8 * 64)
-    order = iter(range(64))
-    add = cpu(lambda: replay.add(spread(chunk, fields), chunk["streams"] + 8 * next(order)), 40) / rows
+    rows, streams = len(chunk["streams"]), chunk["streams"]
+    chunk["rows"]["is_first"][:] = np.append(True, streams[1:] != streams[:-1])  # each time, to streams of their own
+    replay, order = replay_of(method, 8 * 64), iter(range(64))
+    add = cpu(lambda: replay.add(spread(chunk, fields), streams + 8 * next(order)), 40) / rows
     policy = {part: arrays(state[part]) for part in method.acting}
     load = cpu(lambda: [method.load_part(part, tensors(values)) for part, values in policy.items()], 10)
     ray = connect("--ray-address", "local", num_cpus=2, include_dashboard=False)
@@ -158,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> None:
               f"| {machines * policy_bytes * updates / BROADCAST_EVERY / 1e6:,.2f} | {age:,.1f} |")  # fmt: skip
 
 
-def replace_streams(method, streams: int):
+def replay_of(method, streams: int):
     """The method's replay for that many environments, with room for a few hundred rows of each."""
     method.config = replace(method.config, replay_capacity=streams * 400)
     method.agent.config = method.config
