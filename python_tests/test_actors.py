@@ -409,7 +409,7 @@ def test_a_killed_learner_goes_on_with_its_replay(begin, cluster, tmp_path):
     [
         (
             "actors.__version__ = '0.0.1'",
-            r"actor \d on \S+ has urlfast \S+, the learner 0\.0\.1; install the same urlfast on every machine",
+            r"(actor \d|the evaluator) on \S+ has urlfast \S+, the learner 0\.0\.1; install the same urlfast on every machine",
         ),
         (
             "actors.fingerprint = lambda *a: 'another'",
