@@ -109,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     methods = [(name, 8) for name in ("r2d2", "ngu") if (name, "atari") in train.PRESETS] + [("r2d2", 1), ("r2d2", 32)]
     told, kept = [], {}
     for name, n in methods:
-        config = next(iter(train.PRESETS[name, "atari"].values()))
+        config = train.PRESETS[name, "atari"]["paper"]
         config = replace(config, env=replace(config.env, num_envs=n), device="cpu", seed=1)
         costs, chunk, method = acting(config, name, chunks if n < 32 else 2)
         rows = len(chunk["streams"])

@@ -395,7 +395,7 @@ def resume(name: str, argv: list[str]) -> int:
             if argv[:2] != [method, domain]:
                 raise UsageError(f"{run.folder} is a run of {method} {domain}, not of {' '.join(argv[:2])}")
             argv = argv[2:]
-        if config.actors and config.ray_address != "local" and not any(word.partition("=")[0] == "--ray-address" for word in argv):
+        if config.actors and config.ray_address != "local" and not any(re.match("--ray[-_]address", word) for word in argv):
             raise UsageError(  # what a cluster sends is trusted, what lies in a run's folder is not
                 f"--ray-address: {run.folder} acts on the machines of a cluster, last at {config.ray_address}; say where now, or local"
             )
