@@ -86,6 +86,7 @@ MAY_IMPORT = {
     "envs": {"ops"},
     "learners": {"nets", "losses", "ops", "device", "limits"},
     "methods": {"learners", "intrinsic", "augment", "nets", "losses", "ops", "device", "limits", "envs"},
+    "actors": {"methods", "envs", "run"},
 }
 
 

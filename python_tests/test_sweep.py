@@ -16,7 +16,7 @@ import pytest
 import toy_run
 import tyro
 
-from urlfast import report, sweep, train
+from urlfast import actors, report, sweep, train
 from urlfast.envs.atari import games
 from urlfast.methods.cpt import VARIANTS
 from urlfast.run import UsageError, UserError, read_json, runs_of
@@ -299,10 +299,10 @@ def test_a_dry_run_prints_and_does_nothing(journal, capsys):
 
 
 def test_ray_is_asked_for_where_it_is_missing_or_silent(monkeypatch):
-    monkeypatch.setattr(sweep, "find_spec", lambda name: None)
+    monkeypatch.setattr(actors, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"--ray: Ray is not installed; pip install 'urlfast\[ray\]'"):
         sweep.Ray("local", 1)
-    monkeypatch.setattr(sweep, "find_spec", lambda name: ModuleSpec(name, None))
+    monkeypatch.setattr(actors, "find_spec", lambda name: ModuleSpec(name, None))
     monkeypatch.setitem(sys.modules, "ray", SimpleNamespace())
     began = time.monotonic()
     with pytest.raises(UserError, match=r"--ray: no cluster answers at 127\.0\.0\.1:1: "):
@@ -331,7 +331,7 @@ def test_ray_runs_the_same_commands(journal, monkeypatch, capsys):
         shutdown=lambda: asked.append("shutdown"),
         exceptions=SimpleNamespace(RayError=RayError, TaskCancelledError=type("T", (RayError,), {})),
     )
-    monkeypatch.setattr(sweep, "find_spec", lambda name: ModuleSpec(name, None))
+    monkeypatch.setattr(actors, "find_spec", lambda name: ModuleSpec(name, None))
     monkeypatch.setitem(sys.modules, "ray", ray)
     rows = [{"name": "a", "train": "apt atari"}, {"name": "b", "train": "apt atari --fail"}]
     assert sweep.sweep(SweepConfig(write(seeds=[1], rows=rows), ray="local")) == 1

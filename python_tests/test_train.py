@@ -189,7 +189,7 @@ def test_a_resumed_run_keeps_its_options_and_may_go_further(tmp_path):
 
 @pytest.mark.parametrize("arguments, error, says", [
     (["tog", "corridor"], UsageError, "unknown method 'tog', did you mean 'toy'"),
-    (["bogus", "corridor"], UsageError, r"unknown method 'bogus' \(known: apt"),
+    (["xyz", "corridor"], UsageError, r"unknown method 'xyz' \(known: apt"),
     (["toy", "coridor"], UsageError, "did you mean 'corridor'"),
     (["toy"], UsageError, "toy on which domain"),
     (["toy", "corridor", "--preset", "fats"], UsageError, "did you mean 'fast'"),

@@ -420,6 +420,11 @@ class SequenceReplay:
         return self._options["num_streams"]
 
     @property
+    def fields(self) -> dict[str, Field]:
+        """As given at construction."""
+        return dict(self._options["fields"])
+
+    @property
     def bytes(self) -> int:
         """What a full replay takes, batches aside; with Field(every=stride), for episodes longer than the stride."""
         return self._core.bytes()

@@ -32,14 +32,12 @@ import json
 import os
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -48,7 +46,6 @@ import tyro
 from urlfast.envs.dmc_tasks import domain_of
 from urlfast.run import (
     Run,
-    UsageError,
     UserError,
     check_writable,
     command,
@@ -436,31 +433,11 @@ class Ray:
     """Tasks of a Ray cluster, whose machines see the sweep's folder under the same path."""
 
     def __init__(self, address: str, jobs: int):
-        if find_spec("ray") is None:
-            raise UserError("--ray: Ray is not installed; pip install 'urlfast[ray]'")
-        import ray
+        from urlfast.actors import connect
 
-        if address != "local":
-            self._reach(address)
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # a task without a GPU of its own keeps the machine's
-        try:
-            ray.init(address=address, log_to_driver=False, logging_level="error", namespace="urlfast")
-        except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-            raise UserError(f"--ray: no cluster answers at {address}: {one_line(error, 200)}") from None
-        self._ray, self.slots = ray, jobs
-        self._execute = ray.remote(max_retries=0, num_cpus=1)(execute)
+        self._ray, self.slots = connect("--ray", address), jobs
+        self._execute = self._ray.remote(max_retries=0, num_cpus=1)(execute)
         self.environment = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-
-    @staticmethod
-    def _reach(address: str) -> None:
-        """Ray itself waits for minutes where nobody listens."""
-        host, colon, port = address.removeprefix("ray://").rpartition(":")
-        if not colon or not port.isdecimal() or not host:
-            raise UsageError(f"--ray: must be local, or a host:port, got {address!r}")
-        try:
-            socket.create_connection((host, int(port)), timeout=5).close()
-        except (OSError, OverflowError) as error:
-            raise UserError(f"--ray: no cluster answers at {address}: {one_line(error)}") from None
 
     def start(self, argv: list[str], log: Path):
         return self._execute.remote(argv, str(log), os.getcwd(), self.environment)

@@ -9,7 +9,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from shutil import disk_usage
@@ -26,6 +26,7 @@ from urlfast.envs.dmc import DMCConfig, make_dmc
 from urlfast.envs.gym import GymConfig, make_gym
 from urlfast.info import hardware
 from urlfast.learners.drq import DrQConfig
+from urlfast.methods import stored_rows
 from urlfast.methods.aps import APS, APSConfig, APSTask, APSTaskConfig
 from urlfast.methods.apt import APT, APTConfig
 from urlfast.methods.cpt import CPTTask, CPTTaskConfig
@@ -60,9 +61,11 @@ class TrainConfig:
     checkpoint_every: int = 5_000  # steps between two checkpoints
     keep: int = 3  # newest checkpoints that stay
     runs: str = "runs"  # folder in which the run makes its own
+    actors: int = 0  # processes of a Ray cluster that act, with env.num_envs environments each; 0: this process does
+    ray_address: str = "local"  # of that cluster: host:port, or local for one on this machine alone
 
     def __post_init__(self):
-        for name, least in dict(steps=1, seed=0, log_every=1, checkpoint_every=1, keep=1).items():
+        for name, least in dict(steps=1, seed=0, log_every=1, checkpoint_every=1, keep=1, actors=0).items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: must be at least {least}, got {getattr(self, name)}")
             if getattr(self, name) >= 2**63:
@@ -170,9 +173,7 @@ def train(run: Run, config: TrainConfig, method, env, replay, counters: Counters
         def log():
             counters.seconds = time.monotonic() - began
             if counters.steps > window.begin:  # not where an interrupt came while every environment was reset
-                line = window.close(counters, env.action_repeat)
-                if errors := getattr(env, "physics_errors", 0):
-                    line["physics_errors"] = errors
+                line = window.close(counters, env.action_repeat) | source.line()
                 metrics.log(line)
                 progress.log(line)
 
@@ -188,29 +189,15 @@ def train(run: Run, config: TrainConfig, method, env, replay, counters: Counters
 
         if checkpoints.step is None:
             save()  # before the first step, so that a run can always be resumed
-        # Running episodes begin anew after a resume, from a seed of their own: the run's would repeat its first episodes.
-        step = env.reset(int(np.random.SeedSequence([config.seed, counters.steps]).generate_state(1)[0] >> 1))
+        source = env if config.actors else Here(env, config.seed)
+        source.begin(method, replay, counters)
         last = counters.steps >= config.steps
         while not last:
-            action = method.act(step)
-            env.send(action)
-            pay()  # while the environments step in threads of their own
-            after = env.recv()
-            rows = {
-                "observation": step.observation[:, -env.frame_shape[0] :],
-                "action": action,
-                "reward": clipped(after.reward, method.config.reward_clip),
-                "terminated": after.terminated,
-                "is_first": step.is_first,
-                "is_last": step.is_last,
-            }
-            method.observe(rows)  # which may add columns of its own
-            replay.add(rows)
             before = counters.steps
-            counters.steps += int(np.count_nonzero(~step.is_last))  # nothing leaves a last observation
-            counters.episodes += int(np.count_nonzero(after.is_last))
-            window.add_episodes(after)
-            step = after
+            steps, scores, lengths = source.advance(pay)
+            counters.steps += steps
+            counters.episodes += len(scores)
+            window.add_episodes(scores, lengths)
 
             if counters.steps >= config.steps:
                 pay()  # what the last steps owe
@@ -224,14 +211,36 @@ def train(run: Run, config: TrainConfig, method, env, replay, counters: Counters
     return stop.signal
 
 
+class Here:
+    """Environments of this process, which step in threads of their own while the learner updates."""
+
+    def __init__(self, env, seed: int):
+        self.env, self.seed = env, seed
+
+    def begin(self, method, replay, counters: Counters) -> None:
+        """Running episodes begin anew after a resume, from a seed of their own: the run's would repeat its first episodes."""
+        self.method, self.replay = method, replay
+        self.step = self.env.reset(int(np.random.SeedSequence([self.seed, counters.steps]).generate_state(1)[0] >> 1))
+
+    def advance(self, pay: Callable[[], None]) -> tuple[int, list[float], list[int]]:
+        """One step of each goes into the replay: (steps taken, scores and lengths of the episodes that ended)."""
+        step, action = self.step, self.method.act(self.step)
+        self.env.send(action)
+        pay()
+        after = self.step = self.env.recv()
+        self.replay.add(stored_rows(self.method, self.env, step, action, after))
+        taken = int(np.count_nonzero(~step.is_last))  # nothing leaves a last observation
+        return taken, after.score[after.is_last].tolist(), after.length[after.is_last].tolist()
+
+    def line(self) -> dict:
+        """What metrics.jsonl hears of the environments."""
+        errors = getattr(self.env, "physics_errors", 0)
+        return {"physics_errors": errors} if errors else {}
+
+
 def updates_owed(counters: Counters, config) -> int:
     """`updates_per_step` for each step after `learning_start`: a fraction waits until it is whole, and the steps before owe nothing."""
     return int(config.updates_per_step * max(0, counters.steps - config.learning_start)) - counters.updates
-
-
-def clipped(reward: np.ndarray, limit: float | None) -> np.ndarray:
-    """What is learned from; the score stays as it is."""
-    return reward if limit is None else np.clip(reward, -limit, limit)
 
 
 class Window:
@@ -252,9 +261,9 @@ class Window:
             self._sums[name] = self._sums.get(name, 0) + value
             self._counts[name] = self._counts.get(name, 0) + 1
 
-    def add_episodes(self, step) -> None:
-        self._scores += step.score[step.is_last].tolist()
-        self._lengths += step.length[step.is_last].tolist()
+    def add_episodes(self, scores: list[float], lengths: list[int]) -> None:
+        self._scores += scores
+        self._lengths += lengths
 
     def rate(self, counters: Counters) -> float:
         return (counters.steps - self.begin) / max(time.monotonic() - self._time, 1e-9)
@@ -315,8 +324,15 @@ def chosen_device(name: str) -> torch.device:
 
 def make(method: str, domain: str, config: TrainConfig):
     """(method, environment) of a config. What their own checks refuse is the user's to mend: UserError."""
+    if config.actors and not hasattr(METHODS[method], "initial_errors"):
+        able = ", ".join(name for name, kind in METHODS.items() if hasattr(kind, "initial_errors"))
+        raise UsageError(f"--actors: {method} acts in this process alone; these methods act on many machines: {able}")
     with refusals():
-        env = DOMAINS[domain](config.env, seed=config.seed)
+        env = DOMAINS[domain](config.env, seed=config.seed, num_envs=1 if config.actors else None)
+        if config.actors:
+            from urlfast.actors import Actors
+
+            env = Actors(method, config, env, DOMAINS[domain], make_method)
         sequences = getattr(config.method, "sequence_length", None)
         first = env.num_envs * (sequences or getattr(config.method, "n_step", 1) + 1)  # steps until every environment has a whole window
         if config.method.learning_start < first:
@@ -366,7 +382,7 @@ def start(method: str, domain: str, preset: str, config: TrainConfig, *, name: s
         with run.locked():
             print(cost(run, config, agent, trial, env, replay, seconds), flush=True)
             stopped = train(run, config, agent, env, replay, Counters(), Checkpoints(run.folder, config.keep))
-    return farewell(run, stopped)
+    return farewell(run, config, stopped)
 
 
 def resume(name: str, argv: list[str]) -> int:
@@ -379,6 +395,10 @@ def resume(name: str, argv: list[str]) -> int:
             if argv[:2] != [method, domain]:
                 raise UsageError(f"{run.folder} is a run of {method} {domain}, not of {' '.join(argv[:2])}")
             argv = argv[2:]
+        if config.actors and config.ray_address != "local" and not any(re.match("--ray[-_]address", word) for word in argv):
+            raise UsageError(  # what a cluster sends is trusted, what lies in a run's folder is not
+                f"--ray-address: {run.folder} acts on the machines of a cluster, last at {config.ray_address}; say where now, or local"
+            )
         config = resumed(config, parse(config, argv, f"urlfast train --resume {name}"))
         chosen_device(config.device)
         checkpoint = read_latest(run.folder, replay=True)
@@ -399,7 +419,7 @@ def resume(name: str, argv: list[str]) -> int:
             )
             checkpoints = Checkpoints(run.folder, config.keep, checkpoint)
             stopped = train(run, config, agent, env, replay, counters, checkpoints)
-    return farewell(run, stopped)
+    return farewell(run, config, stopped)
 
 
 def check_replay(replay, agent, num_envs: int) -> None:
@@ -410,7 +430,8 @@ def check_replay(replay, agent, num_envs: int) -> None:
             raise ValueError(f"{name}: must be {wanted}, got {has}")
 
 
-RESUMABLE = ("keep", "checkpoint-every", "log-every", "device")  # what a resume may change, for it decides nothing that is learned
+# What a resume may change, for it decides nothing that is learned.
+RESUMABLE = ("keep", "checkpoint-every", "log-every", "device", "ray-address")
 
 
 def resumed(config: TrainConfig, wanted: TrainConfig) -> TrainConfig:
@@ -437,9 +458,10 @@ def load(saved: dict) -> tuple[str, str, TrainConfig]:
     return method, domain, from_dict(default, saved["config"])
 
 
-def farewell(run: Run, stopped: str | None) -> int:
+def farewell(run: Run, config: TrainConfig, stopped: str | None) -> int:
     if stopped:
-        print(f"stopped, and saved. Go on with: urlfast train --resume {run.folder}")
+        where = f" --ray-address {config.ray_address}" if config.actors and config.ray_address != "local" else ""
+        print(f"stopped, and saved. Go on with: urlfast train --resume {run.folder}{where}")
         return 128 + signal.Signals[stopped]
     print(f"done. Next: urlfast evaluate {run.folder}, urlfast report {run.folder}")
     return 0
@@ -510,7 +532,7 @@ def cost(run: Run, config: TrainConfig, agent, trial, env, replay, seconds: floa
 # The command line ----------------------------------------------------------------------------------------------------
 
 USAGE = """usage: urlfast train METHOD DOMAIN [--preset NAME] [options]
-       urlfast train --resume RUN [--steps N] [--device D] [--keep N] [--checkpoint-every N] [--log-every N]
+       urlfast train --resume RUN [--steps N] [--device D] [--keep N] [--checkpoint-every N] [--log-every N] [--ray-address A]
 
 {pairs}
 

@@ -9,9 +9,17 @@ The contract, which every method keeps and no base class enforces:
     state_dict() / load_state_dict(state)   {part: state}; loading wants exactly the parts that saving gives
     load_part(part, state)   freeze(part)   what a transfer does with one of them
     TRANSFER[rule]           {part: LOAD | FREEZE | RESET} for every part that the method saves
+
+A method whose environments may step on other machines (actors.py) has besides
+
+    agent                    the RecurrentAgent that acts: its q of the last act, and where its environments stand among all (first, of)
+    acting, fixed, statistics   parts that act and observe read: those that updates change; that nothing changes; that acting changes
+    initial_errors(batch, q) |errors| (B, T) of sequences as they were acted; batch: their columns, (B, L) and mask (B, L - 1)
 """
 
 from typing import Literal
+
+import numpy as np
 
 Rule = Literal["load", "freeze", "reset"]
 
@@ -37,6 +45,21 @@ def transfer(method, parts: dict[str, dict], table: dict[str, Rule]) -> None:
             raise ValueError(f"parts: {part} does not fit the task's network: {error}") from None
         if table[part] == FREEZE:
             method.freeze(part)
+
+
+def stored_rows(method, env, step, action, after) -> dict[str, np.ndarray]:
+    """What the replay is to have of one step of all environments: o_t, a_t, what that paid, and the method's own columns."""
+    limit = method.config.reward_clip  # of what is learned from; the score stays as it is
+    rows = {
+        "observation": step.observation[:, -env.frame_shape[0] :],
+        "action": action,
+        "reward": after.reward if limit is None else np.clip(after.reward, -limit, limit),
+        "terminated": after.terminated,
+        "is_first": step.is_first,
+        "is_last": step.is_last,
+    }
+    method.observe(rows)
+    return rows
 
 
 def check_parts(state: dict[str, dict], parts: tuple[str, ...]) -> None:

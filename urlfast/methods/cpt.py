@@ -165,6 +165,7 @@ class CPTTask:
     """The environment's reward, with the help of a pre-trained policy."""
 
     parts = (*RecurrentTask.parts, "pretrained")
+    acting, fixed, statistics = RecurrentTask.acting, ("pretrained",), ()
 
     def __init__(
         self,
@@ -231,6 +232,9 @@ class CPTTask:
         self.agent.observe(rows)
         if self.config.extended:
             rows["choice"] = self.choice if len(self.choice) == len(rows["action"]) else rows["action"]
+
+    def initial_errors(self, batch, q: Tensor) -> Tensor:
+        return self.task.initial_errors(batch, q)
 
     def update(self, replay: SequenceReplay) -> dict[str, Tensor]:
         """One gradient step on a batch of the replay. On a GPU the metrics hold until the next call."""

@@ -68,6 +68,7 @@ class NGU:
 
     TRANSFER = rules(**dict.fromkeys(NoveltyReward.PARTS, RESET))  # to the environment's reward, with R2D2
     parts = ("encoder", "encoder_target", "q", "q_target", "q_optimizer", "progress", *NoveltyReward.PARTS)
+    acting, fixed, statistics = ("encoder", "q", "embedding", "rnd"), (), ("moments",)
 
     def __init__(self, config: NGUConfig, observation_shape, actions, *, device="cpu", seed: int = 0, frame_stack: int = 4):
         """observation_shape: (frame_stack * channels, height, width) of uint8 images, or (frame_stack * features,) of float32 vectors.
@@ -118,15 +119,21 @@ class NGU:
     def gradient_step(self, **arrays: Tensor) -> dict[str, Tensor]:
         """The update of the docstring above, on sequences (B, L, ...)."""
         batch = SimpleNamespace(**{"choice": None, "weight": None, **arrays})
-        reward = torch.cat([batch.novelty[:, 1:], torch.zeros_like(batch.novelty[:, :1])], 1)  # nothing is learned of the last row's
-        if self.config.extrinsic_weight:
-            reward = reward + self.config.extrinsic_weight * batch.reward
+        reward = self.reward(batch)
         metrics = self.agent.update(batch, reward)
         metrics |= self.novelty.learn(stacked(batch.frames, self.agent.frame_stack), batch.action[:, :-1], batch.mask)
         paid = torch.where(batch.mask, reward[:, :-1], torch.nan)
         metrics["intrinsic_reward"] = paid.nanmean()
         metrics["intrinsic_reward_quantiles"] = torch.nanquantile(paid, self.quantiles)
         return metrics
+
+    def reward(self, batch: SimpleNamespace) -> Tensor:
+        """What Q learns of rows (B, L), the last one's aside."""
+        reward = torch.cat([batch.novelty[:, 1:], torch.zeros_like(batch.novelty[:, :1])], 1)
+        return reward + self.config.extrinsic_weight * batch.reward if self.config.extrinsic_weight else reward
+
+    def initial_errors(self, batch: SimpleNamespace, q: Tensor) -> Tensor:
+        return self.agent.initial_errors(batch, self.reward(batch), q)
 
     def state_dict(self) -> dict[str, dict]:
         return self.agent.state_dict() | self.novelty.state_dict()
@@ -142,4 +149,5 @@ class NGU:
         if part not in self.parts:
             raise ValueError(f"part: must be one of {', '.join(self.parts)}, got {part!r}")
         (self.novelty if part in NoveltyReward.PARTS else self.agent).load_part(part, state)
-        self.captured.reset()
+        if part not in self.statistics:  # which are loaded in place
+            self.captured.reset()

@@ -151,6 +151,8 @@ class RecurrentAgent:
         # Of the running episodes: the state before the next observation, and the primitive action taken last.
         self.state, self.previous_action = q.start(0, self.device), np.zeros(0, np.int64)
         self.columns: dict[str, np.ndarray] = {}  # of the rows that act saw last
+        self.q = torch.zeros(0)  # (N, num_outputs), as act saw it last
+        self.first, self.of = 0, None  # where the environments stand among all that act for this learner, and how many those are
         self.unsettled: Callable[[], None] | None = None  # priorities on their way from the device
 
     # acting and storing
@@ -169,11 +171,10 @@ class RecurrentAgent:
         features = self.encode(self.learner.encoder, torch.from_numpy(np.ascontiguousarray(step.observation)).to(self.device))
         before = torch.where(first[:, None, None], 0, self.state)
         action_before, reward_before = (torch.from_numpy(x).to(self.device) for x in (action, reward))
-        acted = self.learner.act(
-            features.float(), action_before, reward_before, before, epsilons(self.config.learner, n) if explore else 0.0
-        )
+        epsilon = epsilons(self.config.learner, self.of or n)[self.first : self.first + n] if explore else 0.0
+        acted = self.learner.act(features.float(), action_before, reward_before, before, epsilon)
         self.columns = {"state": before.cpu().numpy(), "previous_action": action, "previous_reward": reward, "mu": acted.mu}
-        self.state, self.previous_action = acted.state, acted.choice
+        self.state, self.previous_action, self.q = acted.state, acted.choice, acted.q
         if explore:
             self.steps += int(np.count_nonzero(~step.is_last))  # nothing leaves a last observation
         return acted
@@ -273,6 +274,13 @@ class RecurrentAgent:
         metrics, priorities = self.learner.update(batch, reward, *self.features(batch.frames))
         return metrics | {"priorities": priorities}
 
+    def initial_errors(self, batch: SimpleNamespace, reward: Tensor, q: Tensor) -> Tensor:
+        """|q_t - y_t| of sequences as they were acted, (B, T): `q` (B, L, num_outputs) of acting stands for both networks."""
+        b = self.config.learner.burn_in
+        q, mask, choice = q[:, b:], batch.mask[:, b:], (batch.action if batch.choice is None else batch.choice)[:, b:]
+        y = self.learner.returns(q, q, choice, reward[:, b:], batch.terminated[:, b:], batch.mu[:, b:], mask)
+        return torch.where(mask, q[:, :-1].gather(-1, choice[:, :-1, None]).squeeze(-1) - y, 0.0).abs()
+
     def after_update(self, replay: SequenceReplay, indices: np.ndarray, priorities: Tensor) -> None:
         """What a captured update leaves to do: the target network follows, and the replay hears of the priorities.
 
@@ -331,6 +339,7 @@ class RecurrentTask:
     TRANSFER = rules()  # to another task
     parts = ("encoder", "encoder_target", "q", "q_target", "q_optimizer", "progress")
     columns: tuple[str, ...] = ()  # of a batch that an update reads, beside those of every recurrent agent
+    acting, fixed, statistics = ("encoder", "q"), (), ()
 
     def __init__(self, config: RecurrentConfig, observation_shape, actions, *, device="cpu", seed: int = 0, frame_stack: int = 4, **given):
         """observation_shape: (frame_stack * channels, height, width) of uint8 images, or (frame_stack * features,) of float32 vectors.
@@ -364,6 +373,9 @@ class RecurrentTask:
     def gradient_step(self, **arrays: Tensor) -> dict[str, Tensor]:
         batch = SimpleNamespace(**{"choice": None, "weight": None, **arrays})
         return self.agent.update(batch, batch.reward)
+
+    def initial_errors(self, batch: SimpleNamespace, q: Tensor) -> Tensor:
+        return self.agent.initial_errors(batch, batch.reward, q)
 
     def state_dict(self) -> dict[str, dict]:
         return self.agent.state_dict()
