@@ -89,20 +89,18 @@ PRESETS = {  # the first of a pair is its default
     ("aps", "atari"): {"paper": TrainConfig(APSConfig(), AtariConfig(), steps=200_000_000)},
     ("aps", "dmc"): {"urlb": TrainConfig(APSConfig.urlb(), DMCConfig(), steps=2_000_000)},
     ("ngu", "atari"): {
-        "paper": TrainConfig(NGUConfig(), replace(FULL, num_envs=256), steps=8_750_000_000),
         "small": TrainConfig(NGUConfig().small(), replace(FULL, num_envs=16), steps=5_000_000),
+        "paper": TrainConfig(NGUConfig(), replace(FULL, num_envs=256), steps=8_750_000_000),
     },
     ("cpt", "atari"): {  # its first stage; the second is a transfer
-        "paper": TrainConfig(NGUConfig.cpt(), replace(FULL, num_envs=256), steps=4_000_000_000),
         "small": TrainConfig(NGUConfig.cpt().small(), replace(FULL, num_envs=16), steps=5_000_000),
+        "paper": TrainConfig(NGUConfig.cpt(), replace(FULL, num_envs=256), steps=4_000_000_000),
     },
     ("drq", "atari"): {"paper": TrainConfig(TaskConfig(), AtariConfig(num_envs=1), steps=100_000)},
     ("drq-sac", "dmc"): {"paper": TrainConfig(TaskConfig.sac(), replace(PIXELS, task="walker_walk", num_envs=1), steps=250_000)},
     ("ddpg", "dmc"): {"urlb": TrainConfig(TaskConfig.ddpg(), WALKER, steps=2_000_000)},
-    ("r2d2", "atari"): {
-        "small": TrainConfig(
-            RecurrentConfig.small(), replace(FULL, num_envs=16), steps=5_000_000
-        ),  # the paper's has 256 actors and 29 GB of rows
+    ("r2d2", "atari"): {  # the paper's has 256 actors and 29 GB of rows
+        "small": TrainConfig(RecurrentConfig.small(), replace(FULL, num_envs=16), steps=5_000_000),
         "paper": TrainConfig(RecurrentConfig(), replace(FULL, num_envs=256), steps=2_500_000_000),
     },
     # What `urlfast transfer` makes of a run by CPT's rules; from scratch, eps-z-greedy exploration.
