@@ -158,8 +158,9 @@ def test_physics_zero_shot_and_videos_over_training(tmp_path, monkeypatch):
         for policy, spread in (("agent", 3.0), ("random", 1.0)):
             physics = rng.normal(0, spread, (20, 18)).tolist()
             one = {"policy": policy, "frames": 100, "returns": [400.0, 500.0], "physics": physics, "state_entropy": spread}
+            one["collected_entropy"] = spread / 2
             entries += [one | {"task": "walker_walk"}, one | {"task": "walker_run", "returns": [77.0] * 3}]
-            entries.append(one | {"task": "walker_walk", "frames": 50, "state_entropy": 2.0})
+            entries.append(one | {"task": "walker_walk", "frames": 50, "collected_entropy": 2.0})
         return entries
 
     folder = make_sweep(tmp_path / "s", ("A", "B"), ("walker_walk",), (1,), domain="dmc", results=results)
@@ -169,7 +170,7 @@ def test_physics_zero_shot_and_videos_over_training(tmp_path, monkeypatch):
     page = Page(report.report([run])).check_alone()
     words = page.words()
     assert "Where the walker was" in words and "of URLB's expert 46.3" in words and "State entropy 3" in words
-    assert "state entropy above random play's" in words
+    assert "entropy of what was collected, above random play's" in words
     assert "run walker_run 100 77 77" in words and "walker_walk 100" not in words  # not mixed with its own task
     assert page.seen.count("video") == 1 + 4 and "After 100 steps" in words and "After 500 steps" in words
     words = Page(report.report([folder], folder / "report.html")).check_alone().words()

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from urlfast import evaluate, report, train, transfer
@@ -45,6 +46,12 @@ def test_apt_on_states_goes_on_where_it_was_and_is_evaluated_and_reported(apt):
     assert agent["lengths"] == random["lengths"] == [1000, 1000] and all(0 < r < 1000 for r in agent["returns"] + random["returns"])
     assert agent["expert_normalised"] == pytest.approx(agent["mean"] / 984) and agent["human_normalised"] is None
     assert agent["state_entropy"] != random["state_entropy"] and agent["success"] is None and agent["unique_states"] is None
+    collected = [agent["collected_entropy"], random["collected_entropy"]]
+    assert np.isfinite(collected).all() and collected[0] != collected[1]
+    aside = (apt.folder / "replay").rename(apt.folder / "aside")
+    assert evaluate.observations(last) is None  # the rest of an evaluation needs no replay
+    aside.rename(apt.folder / "replay")
+    assert evaluate.observations(last).shape == (5000, 24)
     assert "walker" in report.report([apt.folder]).read_text()
 
 
@@ -101,7 +108,9 @@ def test_any_environment_of_gymnasium(method, id, preset, options, tmp_path):
 
 
 def test_a_method_that_cannot_take_an_environments_actions_says_which_can(tmp_path):
-    with pytest.raises(UserError, match="ddpg takes no discrete actions, which CartPole-v1 has; these methods do: apt, aps, drq"):
+    with pytest.raises(
+        UserError, match="ddpg takes no discrete actions, which CartPole-v1 has; these methods do: apt, aps, ngu, cpt, drq, r2d2"
+    ):
         train.run_train(["ddpg", "gym", "--env.id", "CartPole-v1", "--runs", str(tmp_path)])
     with pytest.raises(UserError, match="drq takes no continuous actions, which Pendulum-v1 has"):
         train.run_train(["drq", "gym", "--env.id", "Pendulum-v1", "--runs", str(tmp_path)])

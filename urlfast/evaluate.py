@@ -4,7 +4,8 @@ A lost life never ends an evaluation episode, rewards are not clipped, and each 
 those that finish first would favour the short ones. Coverage is the number of distinct 128-byte RAM contents seen at agent steps, and,
 where it is known which bytes hold the player's room and position, of distinct places: timers make most contents new, places they do not.
 A place is a level, a room and a cell of a few pixels (in Montezuma's Revenge 8 by 8); rooms, a level's each, are counted by themselves too.
-Where the environment shows its physics, coverage is the particle entropy of the physical states: how far they lie from each other.
+Where the environment shows its physics, coverage is the particle entropy of the physical states: how far they lie from each other. What
+is evaluated does not explore, so where observations are vectors those that training has collected are measured too.
 
 R2D2's and CPT's evaluators, whole games and the mean of 300 of them: --episodes 300 --num-envs 5 --epsilon 0.01
 
@@ -15,6 +16,7 @@ results.json: method, game, seed, and `evaluations`, each of one policy at one n
     places   [[frames played, distinct places], ...]         unique_places likewise; null where the bytes are not known
     rooms    [[frames played, distinct rooms], ...]          unique_rooms likewise
     visited  [[level, room, x, y, agent steps there], ...]   in pixels, to two of them; null where the bytes of x and y are not known
+    collected_entropy   of the observations in the replay, for random of those it is shown here; null for pictures
     state_entropy   of physical states; success   share of episodes with a return above 0; expert_normalised   URLB's; null where unknown
     physics  [[...], ...] some of the physical states, drawn evenly; null where none are shown
     protocol {epsilon, episodes, num_envs, seed, ...}        versions, hardware: by which, and with what, it was played
@@ -38,7 +40,7 @@ import numpy as np
 import tyro
 
 from urlfast import knn, stats, tables
-from urlfast.checkpoint import checkpoints, read_at, read_latest, step_of
+from urlfast.checkpoint import Checkpoint, Refused, checkpoints, read, read_at, read_latest, step_of
 from urlfast.envs.dmc_tasks import domain_of, is_sparse
 from urlfast.envs.rendering import NoRenderer
 from urlfast.info import hardware
@@ -95,6 +97,7 @@ class Played:
     rooms: list[tuple[int, int]] = field(default_factory=list)  # and of rooms
     visited: Counter = field(default_factory=Counter)  # agent steps at (level, room, x, y)
     physics: list[np.ndarray] = field(default_factory=list)  # (environments, P): after every step
+    vectors: list[np.ndarray] = field(default_factory=list)  # (environments, D): observations that are no pictures
     frames: int = 0
     seconds: float = 0.0
 
@@ -139,6 +142,8 @@ def play(
                     played.visited.update(map(bytes, at))
         if step.physics is not None:
             played.physics.append(step.physics[active])
+        if step.observation.ndim == 2:
+            played.vectors.append(step.observation[active])
         if not counted.any() and played.frames >= frames:
             break
         after = env.step(policy(step))
@@ -350,6 +355,9 @@ def measure(run: Run, options: EvaluateConfig, step: str) -> dict:
         print(video_of_skills.path)
     equal = min(mine.frames, theirs.frames)
     entropies = particle_entropy(*(np.concatenate(played.physics) for played in (mine, theirs))) if mine.physics else (None, None)
+    collected, spread = observations(checkpoint) if theirs.vectors else None, (None, None)
+    if collected is not None:
+        spread = particle_entropy(collected, np.concatenate(theirs.vectors)[:, -env.frame_shape[0] :])
     protocol = asdict(config.env) | FORCED.get(domain, {}) | {"num_envs": env.num_envs, "episodes": episodes, "seed": options.seed}
     protocol |= {"skill": options.skill} if options.skill else {}
     entries = [
@@ -366,6 +374,7 @@ def measure(run: Run, options: EvaluateConfig, step: str) -> dict:
             "expert_normalised": float(np.mean(played.returns)) / stats.URLB_EXPERT[game] if game in stats.URLB_EXPERT else None,
             "success": float(np.mean(np.array(played.returns) > 0)) if domain == "dmc" and is_sparse(game) else None,
             "state_entropy": entropy,
+            "collected_entropy": apart,
             "unique_states": count_at(played.coverage, equal),
             "unique_places": count_at(played.places, equal),
             "unique_rooms": count_at(played.rooms, equal),
@@ -380,12 +389,28 @@ def measure(run: Run, options: EvaluateConfig, step: str) -> dict:
             "physics": sampled(played.physics),
             "seconds": played.seconds,
         }
-        for name, epsilon, played, entropy in zip(("agent", "random"), (options.epsilon, 1.0), (mine, theirs), entropies, strict=True)
+        for name, epsilon, played, entropy, apart in zip(
+            ("agent", "random"), (options.epsilon, 1.0), (mine, theirs), entropies, spread, strict=True
+        )
     ]
     write_results(run, saved, own, config.seed, entries)
     print(table(entries))
     print(f"{run.folder}/results.json" + (f", {video.path}" if video else ""), flush=True)
     return entries[0]
+
+
+def observations(checkpoint: Checkpoint, most: int = 5_000) -> np.ndarray | None:
+    """Drawn from what the run had collected, (most, D); None where its replay is not there, is not whole, or holds next to nothing."""
+    try:
+        replay = read(checkpoint.folder, replay=True).load_replay(read_only=True)
+    except (Refused, UserError):
+        return None
+    with closing(replay):
+        if replay.sampleable <= 12:
+            return None
+        batch = replay.sample(most)
+        seen = batch.observation if batch.observation.ndim == 2 else batch.observation[:, :-1][batch.mask]  # of sequences, what exists
+        return seen[:most, -replay.fields["observation"].shape[0] :].copy()
 
 
 def sampled(physics: list[np.ndarray]) -> list[list[float]] | None:
@@ -444,6 +469,7 @@ def table(entries: list[dict]) -> str:
         "unique states": lambda entry: entry["unique_states"] and f"{entry['unique_states']:,}",
         "places": lambda entry: entry["unique_places"] and f"{entry['unique_places']:,}",
         "rooms": lambda entry: entry["unique_rooms"] and f"{entry['unique_rooms']:,}",
+        "collected entropy": lambda entry: entry["collected_entropy"] and f"{entry['collected_entropy']:.2f}",
         "state entropy": lambda entry: entry["state_entropy"] and f"{entry['state_entropy']:.2f}",
         "steps an episode": lambda entry: f"{np.mean(entry['lengths']):,.0f}",
     }
@@ -461,6 +487,8 @@ def table(entries: list[dict]) -> str:
         notes.append(f"{seen}; places: distinct rooms and positions of the player")
     if first["state_entropy"] is not None:
         notes.append("state entropy: mean log distance of a physical state to its 12 nearest, in units of the spread of all")
+    if first["collected_entropy"] is not None:
+        notes.append("collected entropy: the same of the observations that training has stored, beside those that random play is shown")
     return "\n".join([*lines, *notes])
 
 

@@ -215,7 +215,16 @@ def read_all(runs: Sequence[str | Path]) -> list[Story]:
     return [replace(read(run, whole=len(rows) <= WHOLE), row=row) for run, row in rows]
 
 
-COUNTS = ("frames", "success", "state_entropy", "unique_states", "unique_places", "unique_rooms", "frames_of_unique_states")
+COUNTS = (
+    "frames",
+    "success",
+    "state_entropy",
+    "collected_entropy",
+    "unique_states",
+    "unique_places",
+    "unique_rooms",
+    "frames_of_unique_states",
+)
 
 
 def _evaluation(entry: dict) -> dict:
@@ -830,7 +839,7 @@ def film(path: Path, caption: str, limit: int) -> str:
 def play(story: Story) -> str:
     """The policy: seen, and measured beside it."""
     styles = {story.group: "s0"}
-    above = [compare.efficiency(groups, styles, "Coverage", "state entropy above random play's") for groups in entropies([story]).values()]
+    above = [compare.efficiency(groups, styles, "Coverage", ENTROPY) for groups in entropies([story]).values()]
     where = [*where_it_was([story], styles), *(figure(*one) for one in above if one)]
     measured = [part for part in (scores(story), coverage(story), visited(story), *where, progress_of_evaluations(story)) if part]
     seen = video(story)
@@ -1100,21 +1109,23 @@ def learning_curves(stories: list[Story], styles: dict[str, str]) -> str:
     drawn = [compare.efficiency_over_tasks(groups, styles, unit) for unit, groups in over.items()]
     drawn += [compare.efficiency(groups, styles, game.replace("_", " ")) for game, groups in tasks.items()]
     drawn += [
-        compare.efficiency(groups, styles, f"Coverage · {game.replace('_', ' ')}", "state entropy above random play's")
-        for game, groups in entropies(stories).items()
+        compare.efficiency(groups, styles, f"Coverage · {game.replace('_', ' ')}", ENTROPY) for game, groups in entropies(stories).items()
     ]
     return grid(*(figure(*one) for one in drawn if one))
 
 
+ENTROPY = "entropy of what was collected, above random play's"
+
+
 def entropies(stories: list[Story]) -> dict[str, dict[str, list[dict[int, float]]]]:
-    """{task: {group: [{training frames: how far the state entropy is above random play's, measured with it}]}}."""
+    """{task: {group: [{training frames: how far the entropy of what was collected is above random play's, measured with it}]}}."""
     tasks: dict[str, dict[str, list[dict[int, float]]]] = {}
     for story in stories:
-        chance = {e.get("frames"): e["state_entropy"] for e in story.evaluations("random") if e.get("state_entropy") is not None}
+        chance = {e.get("frames"): e["collected_entropy"] for e in story.evaluations("random") if e.get("collected_entropy") is not None}
         chance.pop(None, None)
-        both = [e for e in story.evaluations("agent") if e.get("state_entropy") is not None and e.get("frames") in chance]
+        both = [e for e in story.evaluations("agent") if e.get("collected_entropy") is not None and e.get("frames") in chance]
         if both:
-            above = {e["frames"]: e["state_entropy"] - chance[e["frames"]] for e in both}
+            above = {e["frames"]: e["collected_entropy"] - chance[e["frames"]] for e in both}
             tasks.setdefault(story.game, {}).setdefault(story.group, []).append(above)
     return tasks
 

@@ -137,7 +137,7 @@ def with_policy(parts: dict[str, dict], config: dict, follows: bool) -> dict[str
     return parts | equal | ({"pretrained": {"run": made_by, "parts": parts}} if follows else {})
 
 
-def check_fits(domain: str, before, after, table: dict, follows: bool, rule: str) -> None:
+def check_fits(domain: str, before, after, table: dict, follows: bool = False, rule: str = "random-head") -> None:
     """Raises UserError where what is loaded was made for another domain of DMControl, for other observations, or for other actions.
 
     follows: the pre-trained policy acts. rule: one that carries no actions over.
