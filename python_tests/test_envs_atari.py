@@ -336,7 +336,7 @@ def test_a_missing_rom_is_named(backend, tmp_path, monkeypatch):
         (dict(frame_size=161), "frame_size: must be at most 160"),
         (dict(backend="threads"), "backend: must be one of vector, processes, got 'threads'"),
         (dict(reward="ghosts"), "reward: must be one of game, ghosts-easy, .*, got 'ghosts'"),
-        (dict(reward="ghosts-easy"), "reward: ghosts-easy is read off the memory, which takes backend processes, got vector"),
+        (dict(reward="ghosts-easy"), "reward: ghosts-easy is read off the memory, which takes --env.backend processes, got vector"),
     ],
 )
 def test_bad_settings_are_named(settings, message):

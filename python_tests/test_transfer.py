@@ -1,10 +1,14 @@
 """What a transfer carries over, on the real game and the real methods, for a few steps."""
 
+import json
+
+import numpy as np
 import pytest
 import torch
 
-from urlfast import train, transfer
+from urlfast import evaluate, train, transfer
 from urlfast.checkpoint import read, read_latest
+from urlfast.evaluate import EvaluateConfig
 from urlfast.run import Run, UsageError, UserError
 
 SMALL = ["--learning-start", "16", "--env.num-envs", "4", "--learner.hidden", "32", "--log-every", "10", "--replay-capacity", "2000"]
@@ -63,6 +67,26 @@ def test_another_game_has_other_actions(pretrained, tmp_path, capsys):
     assert str(error.value) == says and not capsys.readouterr().out and not list(tmp_path.iterdir())
     run = tuned(pretrained, tmp_path, "--task", "breakout", "--rule", "random-head")
     assert run.config["config"]["env"]["game"] == "breakout"
+
+
+def test_a_misspelt_game_lists_the_nearest(pretrained, tmp_path):
+    with pytest.raises(UserError, match="no game is called 'pnog'; the nearest are"):
+        tuned(pretrained, tmp_path, "--task", "pnog")
+
+
+def test_a_policy_is_not_evaluated_where_it_cannot_act_and_random_play_is_the_same_beside_every_checkpoint(pretrained):
+    options = dict(episodes=2, num_envs=2, video=False)
+    with pytest.raises(UserError, match=r"--task: breakout has 4 actions, and the run's pong 6: its policy cannot act there"):
+        evaluate.evaluate(EvaluateConfig((str(pretrained.folder),), task="breakout", **options))
+    returns = []
+    for policy in (None, lambda step: np.zeros(len(step.is_last), np.int64)):  # random play's, after two agents that play differently
+        with pytest.MonkeyPatch.context() as patch:
+            if policy:
+                patch.setattr(evaluate, "greedy", lambda *_, policy=policy: policy)
+            evaluate.evaluate(EvaluateConfig((str(pretrained.folder),), **options))
+        entries = json.loads((pretrained.folder / "results.json").read_text())["evaluations"]
+        returns.append([(entry["returns"], entry["lengths"]) for entry in entries if entry["policy"] == "random"][-1])
+    assert returns[0] == returns[1]
 
 
 def test_a_run_is_needed(tmp_path):

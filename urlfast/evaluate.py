@@ -325,6 +325,8 @@ def measure(run: Run, options: EvaluateConfig, step: str) -> dict:
         if domain == "dmc" and domain_of(own) != domain_of(config.env.name):
             raise UserError(f"--task: {run.folder} knows {domain_of(own)}, which {config.env.name} is no task of")
     game, episodes = config.env.name, options.episodes or EPISODES.get(domain, 10)
+    if game != own:
+        check_actions(domain, load(saved)[2].env, config.env)
     place = PLACE.get(game, {})
     with refusals():
         env = DOMAINS[domain](config.env, num_envs=min(options.num_envs, episodes), evaluation=True, seed=options.seed)
@@ -338,13 +340,13 @@ def measure(run: Run, options: EvaluateConfig, step: str) -> dict:
             with refusals():
                 agent.skills.fix(options.skill)
         print(f"{run.folder}, step {checkpoint.step:,}: {episodes} episodes of {game} by each policy", flush=True)
-        random = np.random.default_rng(options.seed)
-        policy = greedy(agent, options.epsilon, env.actions, random)
+        policy = greedy(agent, options.epsilon, env.actions, np.random.default_rng(options.seed))
+        by_chance = uniform(env.actions, np.random.default_rng([options.seed, 1]))  # the same beside every agent
         films = options.video and draws(env, options.seed)
         film = f"step-{checkpoint.step:09d}" + (f"-{re.sub(r'[^A-Za-z0-9.-]+', '_', game)}" if game != own else "")
         with Video(run.folder / "videos" / f"{film}.mp4", env.fps) if films else nullcontext() as video:
             mine = play(env, policy, episodes, options.seed, place=place, watch=video and video.watch)
-        theirs = play(env, uniform(env.actions, random), episodes, options.seed, place=place, frames=mine.frames)
+        theirs = play(env, by_chance, episodes, options.seed, place=place, frames=mine.frames)
     if method == "aps" and films and not options.skill:
         grid = min(2 * agent.skills.dim, 9)
         with (
@@ -397,6 +399,16 @@ def measure(run: Run, options: EvaluateConfig, step: str) -> dict:
     print(table(entries))
     print(f"{run.folder}/results.json" + (f", {video.path}" if video else ""), flush=True)
     return entries[0]
+
+
+def check_actions(domain: str, own, other) -> None:
+    """Raises UserError where a policy of one environment cannot act in the other."""
+    found = []
+    for config in (own, other):
+        with refusals(), closing(DOMAINS[domain](config, num_envs=1)) as env:
+            found.append(env.actions)
+    if found[0] != found[1]:
+        raise UserError(f"--task: {other.name} has {found[1]} actions, and the run's {own.name} {found[0]}: its policy cannot act there")
 
 
 def observations(checkpoint: Checkpoint, most: int = 5_000) -> np.ndarray | None:

@@ -40,7 +40,8 @@ LEARNERS = {  # on the environment's own reward
     "aps-task": "APS's task",
     "cpt-task": "CPT's transfer",
 }
-METHODS = {"apt": "APT", "aps": "APS", "ngu": "NGU", "cpt": "CPT"} | LEARNERS
+PRETRAINING = {"apt": "APT", "aps": "APS", "ngu": "NGU", "cpt": "CPT"}
+METHODS = PRETRAINING | LEARNERS
 BESIDE = {
     "seed",
     "env.game",
@@ -51,6 +52,8 @@ BESIDE = {
     "log_every",
     "checkpoint_every",
     "keep",
+    "actors",
+    "ray_address",
 }  # options in which runs that are compared may differ
 PARTICLES = 2048
 BATCH = 256  # sampled at a time
@@ -545,7 +548,13 @@ def learning(story: Story) -> str:
         ),
         curve(story, "skill_reward", "Skill reward", "Mean of phi(o')ᵀw, which pays for following the skill.", bounds=(0,)),
         curve(story, "entropy_reward", "Entropy reward", "Mean particle-entropy reward, which pays for exploring."),
-        curve(story, "q_loss", "Q loss", "Temporal-difference error of the critic, Huber.", bounds=(0,)),
+        curve(
+            story,
+            "q_loss",
+            "Q loss",
+            "Of temporal-difference errors: DrQ's Huber loss, or R2D2's half squares summed over a sequence.",
+            bounds=(0,),
+        ),
         curve(story, "critic_loss", "Critic loss", "Temporal-difference error of both critics, squared.", bounds=(0,)),
         curve(story, "alpha", "Temperature", "Weight of the policy's entropy, as it was learned.", bounds=(0,)),
         curve(story, "q_target", "Q target", "Mean target of the critic: the discounted reward it expects."),
@@ -1136,8 +1145,8 @@ def beside_papers(stories: list[Story]) -> list[Table]:
     relative: dict[str, dict[str, list[float]]] = {}
     for story in stories:
         source, agent = story.config.get("transfer"), story.evaluation("agent")
-        if story.config.get("domain") != "atari" or agent is None:
-            continue
+        if story.config.get("domain") != "atari" or agent is None or (not source and story.config.get("method") in PRETRAINING):
+            continue  # the papers' numbers are of what was fine-tuned
         score = float(np.mean(agent["returns"]))
         if story.hns is not None:
             relative.setdefault(story.group, {}).setdefault(story.game, []).append(story.hns)

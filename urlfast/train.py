@@ -520,6 +520,8 @@ def cost(run: Run, config: TrainConfig, agent, trial, env, replay, seconds: floa
         f"  disk    {human_bytes(on_disk)} for the replay and {counted(config.keep, 'checkpoint')}; {human_bytes(free)} free",
         f"  time    about {human_time(updates * seconds)}: {updates:,} updates of {1000 * seconds:,.0f} ms, as measured here",
     ]
+    if updates == 0:
+        lines.append(f"  Nothing will be learned: updates begin after {agent.config.learning_start:,} steps (--learning-start).")
     if on_disk > free:
         lines.append("  The disk will not hold this run: see --keep, --replay-capacity and --runs.")
     if updates * seconds > 7 * 86400:
@@ -600,7 +602,7 @@ def fitting(method: str, presets: dict[str, TrainConfig], argv: list[str]) -> st
 
 def run_train(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
-        pairs = [f"  {method:8}{domain:8} --preset {' | '.join(presets)}" for (method, domain), presets in PRESETS.items()]
+        pairs = [f"  {method:10}{domain:7} --preset {' | '.join(presets)}" for (method, domain), presets in PRESETS.items()]
         print(USAGE.format(pairs="\n".join(pairs)))
         return 0
     run = take(argv, "--resume")

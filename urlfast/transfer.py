@@ -89,7 +89,8 @@ def run_transfer(argv: list[str]) -> int:
         wanted = tyro.cli(TransferConfig, default=TransferConfig(**options, rule=rule), args=argv[1:], prog=prog, description=description)
     config = TrainConfig(**{name: getattr(wanted, name) for name in options})
     if wanted.task:
-        config = replace(config, env=config.env.playing(wanted.task))
+        with refusals():
+            config = replace(config, env=config.env.playing(wanted.task))
 
     checkpoint = read_latest(run.folder) if wanted.checkpoint == "latest" else read_at(run.folder, wanted.checkpoint)
     follows = variant is not None and config.method.follows

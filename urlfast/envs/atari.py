@@ -61,7 +61,7 @@ class AtariConfig:
         if self.reward not in ("game", *REWARDS):
             raise ValueError(f"reward: must be one of game, {', '.join(REWARDS)}, got {self.reward!r}")
         if self.reward != "game" and self.backend != "processes":
-            raise ValueError(f"reward: {self.reward} is read off the memory, which takes backend processes, got {self.backend}")
+            raise ValueError(f"reward: {self.reward} is read off the memory, which takes --env.backend processes, got {self.backend}")
 
     @property
     def name(self) -> str:
