@@ -18,7 +18,7 @@ from urlfast.methods.apt import APT, APTConfig, ContrastiveConfig
 from urlfast.nets.encoders import EncoderConfig
 
 STEPS = 8000  # of eight environments together, in episodes of 40: just enough for the farthest cell, and random play stays near
-# Cells of 336: seeds 0 and 1 see 119 and 133; random play sees 56 on average over twelve seeds.
+# Cells of 336: seeds 0 to 3 see 119, 133, 155 and 123; random play sees 56 on average over twelve seeds.
 CONFIG = APTConfig(
     encoder=EncoderConfig(conv=((16, 8, 4), (32, 4, 2)), activation="elu", features=15, spectral_norm=True),
     representation=ContrastiveConfig((64, 64), temperature=0.2),
@@ -95,4 +95,5 @@ def test_with_its_rewards_shuffled_it_does_not():
 @pytest.mark.slow
 @pytest.mark.parametrize("ablation", ABLATIONS.values(), ids=ABLATIONS)
 def test_the_papers_ablations_see_less(ablation):
+    # a random neighbour 112, 62, 161 and 125, a fixed encoder 88, 123, 93 and 90: less on average, not in every seed
     assert cells_of(ablation, range(4)) < cells_of(CONFIG, range(4))
