@@ -89,7 +89,7 @@ def test_apt_sees_twice_as_much_of_a_maze_as_random_play():
 
 
 def test_with_its_rewards_shuffled_it_does_not():
-    assert cells_of(CONFIG, (0, 1), Shuffled) < threshold()
+    assert cells_of(CONFIG, (0, 1), Shuffled) < 0.9 * threshold()  # they see 92 and 94, APT 119 and 133
 
 
 @pytest.mark.slow
