@@ -359,9 +359,13 @@ def test_two_nodes_act_one_process_learns_and_the_evaluator_sees_it(begin, tmp_p
 def test_ngu_acts_elsewhere_too_and_the_learner_knows_what_its_actors_saw(begin, tmp_path):
     process = begin(tmp_path, method="ngu")
     until(lambda: len(lines(tmp_path)) >= 3 and lines(tmp_path)[-1].get("intrinsic_reward", 0) > 0, process, tmp_path)
+
+    def seen() -> dict:
+        return read_latest(run_of(tmp_path)).state["method"]["moments"]["input"]
+
+    until(lambda: seen()["count"] > 500, process, tmp_path)  # what the first actor says, which may have begun last
     finish(process, tmp_path)
-    moments = read_latest(run_of(tmp_path)).state["method"]["moments"]["input"]
-    assert moments["count"] > 50 and 0.7 < moments["squares"][2] / moments["count"] <= 1  # the coin is 1 or -1
+    assert 0.95 < seen()["squares"][2] / seen()["count"] <= 1  # the coin is 1 or -1
 
 
 @needs_ray
@@ -442,14 +446,15 @@ def test_actors_are_two_answers_ahead_of_the_learner_and_not_more(cluster):
     with closing(env):
         replay, counters = agent.make_replay(env.num_envs, 1000), train.Counters()
         env.begin(agent, replay, counters)
-        while not all(slot.there for slot in env.slots):
+        frames = None
+        while frames is None or not all(slot.there for slot in env.slots):  # an answer is empty where no sequence is whole
             env.advance(lambda: None)
-        calls = [call for slot in env.slots[:2] for _, call in slot.calls]
-        ready, _ = env.ray.wait(calls, num_returns=len(calls), timeout=30)
-        assert len(ready) == 2 * actors.AHEAD
-        chunks = [env.ray.get(call) for call in calls]
-        assert all(chunk["version"] == 0 for chunk in chunks)
-        frames = next(chunk["rows"]["observation"] for chunk in chunks if len(chunk["streams"]))
+            calls = [call for slot in env.slots[:2] if slot.there for _, call in slot.calls]
+            ready, _ = env.ray.wait(calls, num_returns=len(calls), timeout=30) if calls else ([], [])
+            assert len(ready) == actors.AHEAD * sum(slot.there for slot in env.slots[:2])
+            chunks = [env.ray.get(call) for call in calls]
+            assert all(chunk["version"] == 0 for chunk in chunks)
+            frames = next((chunk["rows"]["observation"] for chunk in chunks if len(chunk["streams"])), None)
         assert not frames.flags.writeable and not frames.flags.owndata, "copied"
         env.line()
         counters.updates = 25  # of the policy that is broadcast next
