@@ -1,6 +1,7 @@
 """What only a GPU can show: graphs, streams, no waiting, and the search's first pass. The kernels' values are tested beside the CPU's."""
 
 import ctypes
+import warnings
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -16,6 +17,8 @@ from urlfast.device import Arithmetic, Captured
 from urlfast.learners.ddpg import DDPG, DDPGConfig, ddpg_networks
 from urlfast.learners.drq_sac import DrQSAC, DrQSACConfig, drq_sac_networks
 from urlfast.methods.apt import APT, APTConfig
+from urlfast.methods.ngu import NGU, NGUConfig
+from urlfast.methods.recurrent import RecurrentConfig, RecurrentTask
 
 every_gpu = pytest.mark.parametrize("device", DEVICES[1:])
 
@@ -200,6 +203,28 @@ def test_an_apt_update_waits_for_nothing(device, config):
         method.gradient_step(**batch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@every_gpu
+@pytest.mark.parametrize("make", [RecurrentTask, NGU])
+def test_acting_with_a_memory_waits_once_a_step(device, make):
+    """For Q. What else the host needs, the state and the novelty that are stored, has come before; uploads are not waited for."""
+    config = RecurrentConfig() if make is RecurrentTask else NGUConfig()
+    method, random = make(config, (4, 84, 84), 3, device=device, seed=0), np.random.default_rng(0)
+
+    def step(first):
+        shown = SimpleNamespace(observation=random.integers(0, 256, (5, 4, 84, 84), np.uint8), reward=np.ones(5, np.float32))
+        shown.is_first, shown.is_last = np.full(5, first), np.zeros(5, bool)
+        return shown
+
+    method.act(step(True))
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True, action="always") as waits:
+            method.act(step(False))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(waits) == 1, [str(warning.message) for warning in waits]
 
 
 @every_gpu

@@ -32,6 +32,17 @@ def keep_freed_memory() -> None:
         mallopt(M_MMAP_THRESHOLD, 2**30)
 
 
+def upload(array: np.ndarray, device: torch.device) -> Tensor:
+    """`array` on the device. On a GPU by way of pinned memory, so that the host waits for nothing; on a CPU it is the array's memory."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def fetch(tensor: Tensor) -> Tensor:
+    """`tensor` on the host. From a GPU it is still on its way, and there when the host has next waited for the stream, as `cpu()` does."""
+    return tensor.to("cpu", non_blocking=True)
+
+
 @dataclasses.dataclass(frozen=True)
 class Arithmetic:
     """Where and how networks compute. Parameters, optimiser state, losses and distances are float32 in every case."""

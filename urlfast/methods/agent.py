@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from urlfast import Field, SequenceReplay, ema_update_
 from urlfast.augment import Augment, to_float
-from urlfast.device import Arithmetic
+from urlfast.device import Arithmetic, upload
 from urlfast.learners.ddpg import DDPG, DDPGConfig, ddpg_networks
 from urlfast.learners.drq import DrQ, DrQConfig
 from urlfast.learners.drq_sac import DrQSAC, drq_sac_networks
@@ -147,8 +147,7 @@ class Agent:
             self.steps += int(np.count_nonzero(~step.is_last))  # nothing leaves a last observation
         if warming_up:
             return self.learner.uniform(len(step.is_last)).numpy()
-        observation = torch.from_numpy(np.ascontiguousarray(step.observation)).to(self.device)
-        features = self.encode(self.encoder, self.plain(observation)).float()  # actors act in float32
+        features = self.encode(self.encoder, self.plain(upload(step.observation, self.device))).float()  # actors act in float32
         if skill is not None:
             features = torch.cat([features, skill.to(self.device)], -1)
         return self.learner.act(features, None, exploration)[0]

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from urlfast import Field, SequenceReplay
-from urlfast.device import Captured
+from urlfast.device import Captured, fetch, upload
 from urlfast.intrinsic import NoveltyConfig, NoveltyReward
 from urlfast.learners.r2d2 import R2D2Config
 from urlfast.limits import check_limits
@@ -90,12 +90,14 @@ class NGU:
 
     def act(self, step, explore: bool = True) -> np.ndarray:
         """int64 (N,), for the N environments of the call before. Not explored, it is greedy, and RND's statistics stay as they are."""
-        observation, first = (torch.from_numpy(np.ascontiguousarray(x)).to(self.device) for x in (step.observation, step.is_first))
-        self.paid = self.novelty(observation, first, learning=explore).cpu().numpy()
-        reward = self.paid
+        observation, first = upload(step.observation, self.device), upload(step.is_first, self.device)
+        reward = self.novelty(observation, first, learning=explore)
+        paid = fetch(reward)
         if self.config.extrinsic_weight:
-            reward = reward + self.config.extrinsic_weight * step.reward
-        return self.agent.act(step, explore, reward).choice
+            reward = reward + self.config.extrinsic_weight * upload(step.reward, self.device)
+        choice = self.agent.act(step, explore, observation, reward).choice
+        self.paid = paid.numpy()  # there since `act` has waited
+        return choice
 
     def took(self, actions: np.ndarray) -> None:
         """The actions that were executed, int64 (N,), where they are not what `act` returned."""

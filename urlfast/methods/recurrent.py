@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from urlfast import Field, SequenceReplay
 from urlfast.augment import to_float
-from urlfast.device import Arithmetic, Captured, Precision
+from urlfast.device import Arithmetic, Captured, Precision, fetch, upload
 from urlfast.learners.r2d2 import R2D2, Acted, R2D2Config, RecurrentQ, epsilons
 from urlfast.limits import check_limits
 from urlfast.methods import check_parts
@@ -157,23 +157,25 @@ class RecurrentAgent:
 
     # acting and storing
 
-    def act(self, step, explore: bool = True, previous_reward: np.ndarray | None = None) -> Acted:
-        """What the learner chooses for N environments, their memory one step on. previous_reward: (N,), instead of the environment's.
+    def act(self, step, explore: bool = True, observation: Tensor | None = None, previous_reward: Tensor | None = None) -> Acted:
+        """What the learner chooses for N environments, their memory one step on.
 
         Where a choice is no primitive action, tell `took` which ones followed from it.
         """
         n = len(step.is_first)
         if len(self.state) != n:
             self.state, self.previous_action = self.learner.q.start(n, self.device), np.full(n, -1)
-        first = torch.from_numpy(step.is_first).to(self.device)
-        action = np.where(step.is_first, -1, self.previous_action)
-        reward = np.where(step.is_first, 0, step.reward if previous_reward is None else previous_reward).astype(np.float32)
-        features = self.encode(self.learner.encoder, torch.from_numpy(np.ascontiguousarray(step.observation)).to(self.device))
-        before = torch.where(first[:, None, None], 0, self.state)
-        action_before, reward_before = (torch.from_numpy(x).to(self.device) for x in (action, reward))
+        if observation is None:
+            observation = upload(step.observation, self.device)
+        if previous_reward is None:
+            previous_reward = upload(step.reward, self.device)
+        first, action = upload(step.is_first, self.device), np.where(step.is_first, -1, self.previous_action)
+        features = self.encode(self.learner.encoder, observation)
+        reward, before = torch.where(first, 0, previous_reward), torch.where(first[:, None, None], 0, self.state)
+        stored = {"state": fetch(before), "previous_reward": fetch(reward)}  # there when `act` has waited for its Q, once a step
         epsilon = epsilons(self.config.learner, self.of or n)[self.first : self.first + n] if explore else 0.0
-        acted = self.learner.act(features.float(), action_before, reward_before, before, epsilon)
-        self.columns = {"state": before.cpu().numpy(), "previous_action": action, "previous_reward": reward, "mu": acted.mu}
+        acted = self.learner.act(features.float(), upload(action, self.device), reward, before, epsilon)
+        self.columns = {name: column.numpy() for name, column in stored.items()} | {"previous_action": action, "mu": acted.mu}
         self.state, self.previous_action, self.q = acted.state, acted.choice, acted.q
         if explore:
             self.steps += int(np.count_nonzero(~step.is_last))  # nothing leaves a last observation
