@@ -66,3 +66,16 @@ def check_parts(state: dict[str, dict], parts: tuple[str, ...]) -> None:
     """Raises ValueError where a state does not hold exactly these parts."""
     if state.keys() != set(parts):
         raise ValueError(f"state: must have the parts {', '.join(sorted(parts))}; got {', '.join(sorted(state))}")
+
+
+def check_part(part: str, parts: tuple[str, ...]) -> None:
+    """Raises ValueError for a part that is none of these."""
+    if part not in parts:
+        raise ValueError(f"part: must be one of {', '.join(parts)}, got {part!r}")
+
+
+def load_parts(method, state: dict[str, dict], parts: tuple[str, ...]) -> None:
+    """All that `method` saved, part by part. Raises ValueError where one is missing or unknown."""
+    check_parts(state, parts)
+    for part, values in state.items():
+        method.load_part(part, values)

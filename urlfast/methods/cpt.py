@@ -27,7 +27,7 @@ from torch import Tensor
 from urlfast import Field, SequenceReplay
 from urlfast.learners.r2d2 import R2D2Config
 from urlfast.limits import check_limits
-from urlfast.methods import FREEZE, LOAD, RESET, Rule, check_parts
+from urlfast.methods import FREEZE, LOAD, RESET, Rule, check_parts, load_parts
 from urlfast.methods.recurrent import RecurrentConfig, RecurrentTask
 
 
@@ -252,9 +252,7 @@ class CPTTask:
 
     def load_state_dict(self, state: dict[str, dict]) -> None:
         """Raises ValueError where a part is missing or unknown."""
-        check_parts(state, self.parts if self.config.follows else RecurrentTask.parts)
-        for part, values in state.items():
-            self.load_part(part, values)
+        load_parts(self, state, self.parts if self.config.follows else RecurrentTask.parts)
 
     def load_part(self, part: str, state: dict) -> None:
         """One part, of this or of a pre-trained method. Raises ValueError for a part that a task does not have."""

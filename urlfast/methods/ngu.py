@@ -25,7 +25,7 @@ from urlfast.device import Captured, fetch, upload
 from urlfast.intrinsic import NoveltyConfig, NoveltyReward
 from urlfast.learners.r2d2 import R2D2Config
 from urlfast.limits import check_limits
-from urlfast.methods import RESET, check_parts
+from urlfast.methods import RESET, check_part, load_parts
 from urlfast.methods.agent import rules
 from urlfast.methods.recurrent import RecurrentAgent, RecurrentConfig, stacked
 
@@ -142,14 +142,11 @@ class NGU:
 
     def load_state_dict(self, state: dict[str, dict]) -> None:
         """Raises ValueError where a part is missing or unknown."""
-        check_parts(state, self.parts)
-        for part, values in state.items():
-            self.load_part(part, values)
+        load_parts(self, state, self.parts)
 
     def load_part(self, part: str, state: dict) -> None:
         """One part, of this or of another run. Raises ValueError for a part that is none."""
-        if part not in self.parts:
-            raise ValueError(f"part: must be one of {', '.join(self.parts)}, got {part!r}")
+        check_part(part, self.parts)
         (self.novelty if part in NoveltyReward.PARTS else self.agent).load_part(part, state)
         if part not in self.statistics:  # which are loaded in place
             self.captured.reset()

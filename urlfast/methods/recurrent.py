@@ -24,7 +24,7 @@ from urlfast.augment import to_float
 from urlfast.device import Arithmetic, Captured, Precision, fetch, upload
 from urlfast.learners.r2d2 import R2D2, Acted, R2D2Config, RecurrentQ, epsilons
 from urlfast.limits import check_limits
-from urlfast.methods import check_parts
+from urlfast.methods import check_part, load_parts
 from urlfast.methods.agent import rules
 from urlfast.nets.encoders import Encoder, EncoderConfig, States, blocks
 
@@ -384,14 +384,11 @@ class RecurrentTask:
 
     def load_state_dict(self, state: dict[str, dict]) -> None:
         """Raises ValueError where a part is missing or unknown."""
-        check_parts(state, self.parts)
-        for part, values in state.items():
-            self.load_part(part, values)
+        load_parts(self, state, self.parts)
 
     def load_part(self, part: str, state: dict) -> None:
         """One part, of this or of a pre-trained method. Raises ValueError for a part that a task does not have."""
-        if part not in self.parts:
-            raise ValueError(f"part: must be one of {', '.join(self.parts)}, got {part!r}")
+        check_part(part, self.parts)
         self.agent.load_part(part, state)
         self.captured.reset()
 

@@ -20,7 +20,7 @@ from urlfast.learners.ddpg import DDPGConfig
 from urlfast.learners.drq import DrQConfig
 from urlfast.learners.drq_sac import DrQSACConfig
 from urlfast.limits import check_limits
-from urlfast.methods import check_parts
+from urlfast.methods import check_part, load_parts
 from urlfast.methods.agent import Agent, rules, skilled
 from urlfast.nets.encoders import DMC_CONV, EncoderConfig
 
@@ -161,15 +161,12 @@ class Task:
 
     def load_state_dict(self, state: dict[str, dict]) -> None:
         """Raises ValueError where a part is missing or unknown."""
-        check_parts(state, tuple(self.state_dict()))
-        for part, values in state.items():
-            self.load_part(part, values)
+        load_parts(self, state, tuple(self.state_dict()))
         self.frozen = state["progress"]["frozen"]
 
     def load_part(self, part: str, state: dict) -> None:
         """One part, of this or of a pre-trained method. Raises ValueError for a part that a task does not have."""
-        if part not in self.parts:
-            raise ValueError(f"part: must be one of {', '.join(self.parts)}, got {part!r}")
+        check_part(part, self.parts)
         if part == "encoder_optimizer":
             if self.optim:
                 self.optim.load_state_dict(state)
