@@ -263,7 +263,8 @@ class Actor:
             self.step = after
         state = self.method.state_dict() if self.told else {}
         statistics = {part: arrays(state[part]) for part in self.told}
-        return self.sequences.take(self.method.initial_errors) | {"version": version, "statistics": statistics}
+        seen, self.method.seen = self.method.seen, np.zeros_like(self.method.seen)
+        return self.sequences.take(self.method.initial_errors) | {"version": version, "statistics": statistics, "seen": seen}
 
     def evaluate(self, version: int, parts: list) -> dict[str, Any]:
         """One episode, greedily."""
@@ -435,3 +436,4 @@ class Actors:
         self._ask(slot)
         self.scores.append(result["score"])
         return 0, [], []
+        self.method.seen = self.method.seen + chunk["seen"]

@@ -14,6 +14,7 @@ A method whose environments may step on other machines (actors.py) has besides
 
     agent                    the RecurrentAgent that acts: its q of the last act, and where its environments stand among all (first, of)
     acting, fixed, statistics   parts that act and observe read: those that updates change; that nothing changes; that acting changes
+    seen                     int64 array, what act has counted since update told of it; actors add theirs
     initial_errors(batch, q) |errors| (B, T) of sequences as they were acted; batch: their columns, (B, L) and mask (B, L - 1)
 """
 

@@ -69,6 +69,7 @@ class NGU:
     TRANSFER = rules(**dict.fromkeys(NoveltyReward.PARTS, RESET))  # to the environment's reward, with R2D2
     parts = ("encoder", "encoder_target", "q", "q_target", "q_optimizer", "progress", *NoveltyReward.PARTS)
     acting, fixed, statistics = ("encoder", "q", "embedding", "rnd"), (), ("moments",)
+    seen = np.zeros(0, np.int64)  # nothing is counted
 
     def __init__(self, config: NGUConfig, observation_shape, actions, *, device="cpu", seed: int = 0, frame_stack: int = 4):
         """observation_shape: (frame_stack * channels, height, width) of uint8 images, or (frame_stack * features,) of float32 vectors.

@@ -160,6 +160,7 @@ class RecurrentAgent:
     def act(self, step, explore: bool = True, observation: Tensor | None = None, previous_reward: Tensor | None = None) -> Acted:
         """What the learner chooses for N environments, their memory one step on.
 
+        observation, previous_reward: the step's on the device, where they are there already, and what counts as its reward, (N,) float32.
         Where a choice is no primitive action, tell `took` which ones followed from it.
         """
         n = len(step.is_first)
@@ -342,6 +343,7 @@ class RecurrentTask:
     parts = ("encoder", "encoder_target", "q", "q_target", "q_optimizer", "progress")
     columns: tuple[str, ...] = ()  # of a batch that an update reads, beside those of every recurrent agent
     acting, fixed, statistics = ("encoder", "q"), (), ()
+    seen = np.zeros(0, np.int64)  # nothing is counted
 
     def __init__(self, config: RecurrentConfig, observation_shape, actions, *, device="cpu", seed: int = 0, frame_stack: int = 4, **given):
         """observation_shape: (frame_stack * channels, height, width) of uint8 images, or (frame_stack * features,) of float32 vectors.
