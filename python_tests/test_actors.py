@@ -389,6 +389,43 @@ def test_a_killed_actor_is_replaced_and_its_sequences_are_counted(begin, tmp_pat
 
 
 @needs_ray
+def test_an_actor_that_hangs_is_replaced(begin, tmp_path):
+    process = begin(tmp_path, "--env.id", "toy_actors:Hanging", code="actors.SILENCE = 10")
+    until(lambda: len(lines(tmp_path)) >= 2, process, tmp_path)
+    hung = until(collecting, process, tmp_path)
+    told = toy_actors.hangs(hung)
+    told.touch()
+    try:
+        until(lambda: hung not in players(), process, tmp_path)
+        until(lambda: total(tmp_path, "actors_lost") and lines(tmp_path)[-1]["actors"] == 2, process, tmp_path)
+    finally:
+        told.unlink()
+    finish(process, tmp_path)
+    log = (tmp_path / "log.txt").read_text()
+    assert re.search(r"actor [01] is lost, another one takes its place: no answer for 10 s, while another one gave 10", log)
+
+
+def test_a_silent_actor_hangs_only_if_it_has_begun_and_another_one_answers_again_and_again(monkeypatch):
+    """Of two actors and an evaluator, at second 1000: when their last answers came, who has begun, and who is taken for hanging."""
+    monkeypatch.setattr(actors.time, "monotonic", lambda: 1000.0)
+    busy, silent, since = [990 + i for i in range(actors.ANSWERS)], [700.0], actors.SILENCE
+    for first, second, evaluator, begun, hanging in (
+        (busy, silent, busy, True, [1]),
+        (busy, silent, silent, True, [1]),  # an episode may be long
+        (busy, silent, busy, False, []),  # it may wait for a CPU
+        (busy, [1000 - since + 1], busy, True, []),
+        (busy[1:], silent, busy, True, []),  # as slow as each other, for all that is known
+        ([600.0, *busy[1:]], silent, busy, True, []),  # one of them was there before
+        (silent, silent, busy, True, []),  # a learner that was held up, or a cluster
+    ):
+        slots = [actors.Slot(index, there=begun) for index in (0, 1, None)]
+        for slot, answers in zip(slots, (first, second, evaluator), strict=True):
+            slot.answers.extend(answers)
+        found = [slot.index for slot in slots if actors.Actors._hangs(SimpleNamespace(slots=slots), slot)]
+        assert found == hanging
+
+
+@needs_ray
 def test_a_killed_node_is_survived(begin, cluster, tmp_path):
     node = cluster.nodes.add_node(**cluster.node)
     raylet = node.all_processes["raylet"][0].process.pid

@@ -1,6 +1,10 @@
 """A world whose rows tell where they are from, for actors that are killed: `--env.id toy_actors:Counted`."""
 
+import os
+import tempfile
+import threading
 import uuid
+from pathlib import Path
 
 import gymnasium
 import numpy as np
@@ -31,3 +35,17 @@ class Counted(gymnasium.Env):
         reward = float(action == self.coin)
         observation = self._show()
         return observation, reward, False, self.life - self.begun >= LENGTH, {}
+
+
+def hangs(process: int) -> Path:
+    """The file that makes the worlds of a process hang."""
+    return Path(tempfile.gettempdir(), f"{os.environ['URLFAST_TEST']}-{process}-hangs")
+
+
+class Hanging(Counted):
+    """The same, whose next step never ends once that file is there."""
+
+    def step(self, action):
+        if hangs(os.getpid()).exists():
+            threading.Event().wait()
+        return super().step(action)

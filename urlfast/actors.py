@@ -16,7 +16,9 @@ and period 40, in steps of one environment:
     at step 160  rows 40 .. 79 go, and so on; an episode's end makes all its sequences whole, and its last rows go
 
 What gets lost: with an actor the rows that it held, which no step was counted for, and one unfinished sequence of each environment, which
-is counted; with a machine also the answers that the learner had not fetched. Another actor goes on with the streams, from new episodes.
+is counted; with a machine also the answers that the learner had not fetched. Another actor goes on with the streams, from new episodes. One
+that lives and never answers is lost too, once another one has answered ANSWERS times in its SILENCE. The evaluator may take its time, for
+nobody knows how long an episode is.
 Statistics that acting keeps, as NGU's of what its networks see, are each actor's own; the learner and the evaluator have the first one's.
 Answers wait in the object store until the learner takes them. As an actor has AHEAD calls before it and not more, that is what bounds
 memory, and what keeps actors from running away from a slower learner: updates follow steps received, as in one process.
@@ -46,9 +48,11 @@ from urlfast.methods import stored_rows
 from urlfast.run import UsageError, UserError, human_bytes, one_line
 
 AHEAD = 2  # calls that an actor has before it: one that it works on, and one that it begins before the learner has seen the first
+ANSWERS = 10  # of an actor, before which another one's silence means nothing: AHEAD of them may have been ready when it began
 BROADCAST_EVERY = 10  # updates between two broadcasts of the policy
 PATIENCE = 180.0  # seconds in which the first actor must have begun
 SETTINGS = bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))  # an empty frame of that type
+SILENCE = 180.0  # seconds without an answer after which an actor may be taken for one that hangs
 TRIES = 3  # times in a row that an actor may fail before it has sent anything
 
 
@@ -286,6 +290,7 @@ class Slot:
     handle: Any = None
     calls: deque = field(default_factory=deque)  # (what to do with the answer, reference), oldest first
     there: bool = False  # has said hello
+    answers: deque = field(default_factory=lambda: deque(maxlen=ANSWERS))  # when its last ones were taken, the hello among them
     attempt: int = -1  # how many held this place before
     failures: int = 0  # since something was received
 
@@ -345,6 +350,7 @@ class Actors:
             except self.ray.exceptions.RayError as error:
                 self._replace(slot, error)
             else:
+                slot.answers.append(time.monotonic())
                 return take(slot, answer)
         return 0, [], []
 
@@ -376,6 +382,7 @@ class Actors:
 
     def _place(self, slot: Slot) -> None:
         slot.attempt, slot.there, slot.handle = slot.attempt + 1, False, self.remote.options(scheduling_strategy="SPREAD").remote()
+        slot.answers.clear()
         hello = slot.handle.hello.remote(__version__, self.pickled, slot.index, slot.attempt, [self.fixed, self.policy])
         slot.calls = deque([(self._greeted, hello)])
 
@@ -399,10 +406,19 @@ class Actors:
         ready, _ = self.ray.wait(list(heads), num_returns=len(heads), timeout=0)
         if not ready:
             ready, _ = self.ray.wait(list(heads), num_returns=1, timeout=1)
-        self.arrived.extend(heads[call] for call in ready)
+        self.arrived.extend(heads.pop(call) for call in ready)
+        for slot in filter(self._hangs, heads.values()):
+            self._replace(slot, TimeoutError(f"no answer for {SILENCE:.0f} s, while another one gave {ANSWERS}"))
         if not ready and not any(slot.there for slot in self.slots) and time.monotonic() > self.heard + PATIENCE:
             free = int(self.ray.available_resources().get("CPU", 0))
             raise UserError(f"--actors: none began within {PATIENCE:.0f} s; each takes one CPU, and {free} are free in the cluster")
+
+    def _hangs(self, slot: Slot) -> bool:
+        """Whether an actor whose oldest call is not answered never will. One that has not begun may wait for a CPU."""
+        if slot.index is None or not slot.there or time.monotonic() < slot.answers[-1] + SILENCE:
+            return False
+        others = (other.answers for other in self.slots if other.index is not None)
+        return any(len(answers) == ANSWERS and answers[0] > slot.answers[-1] for answers in others)
 
     def _greeted(self, slot: Slot, hello: dict[str, Any]):
         for name, mine in (("urlfast", __version__), ("fingerprint", self.fingerprint)):
@@ -427,6 +443,7 @@ class Actors:
         self.ages.append(self.counters.updates - chunk["version"])
         for part, state in chunk["statistics"].items():
             self.method.load_part(part, tensors(state))
+        self.method.seen = self.method.seen + chunk["seen"]
         if len(chunk["streams"]):
             self.replay.add(spread(chunk, self.replay.fields), chunk["streams"])
         return int(np.count_nonzero(~chunk["rows"]["is_last"])), chunk["scores"], chunk["lengths"]
@@ -436,4 +453,3 @@ class Actors:
         self._ask(slot)
         self.scores.append(result["score"])
         return 0, [], []
-        self.method.seen = self.method.seen + chunk["seen"]
