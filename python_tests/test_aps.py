@@ -229,6 +229,32 @@ def test_transfer_gives_the_task_phi_and_psi():
     assert all(table.keys() >= source.state_dict().keys() for table in APS.TRANSFER.values())
 
 
+def test_phi_reads_the_encoder_that_it_was_trained_on_while_q_trains_its_own(tmp_path):
+    """Before and after updates, and in a run that goes on, the same observations and rewards add the same to the regression."""
+    source, method = control(3, PIXELS), task(4, PIXELS)
+    transfer(method, source.state_dict(), APS.TRANSFER["whole"])
+    shown, reward = step(batches(method).observations(4)), np.arange(1, 5, dtype=np.float32)
+
+    def added(method) -> torch.Tensor:
+        before = method.regression.gram.clone()
+        method.pending = reward, ~shown.is_last
+        method.learn_task(shown)
+        return method.regression.gram - before
+
+    expected = source.intrinsic_reward(torch.from_numpy(shown.observation))[1]  # phi, not normalised
+    phi = F.normalize(expected, dim=-1).double()
+    torch.testing.assert_close(added(method), phi.T @ phi)
+    encoder, from_ = parameters(method.agent.encoder), batches(method)
+    for _ in range(20):
+        method.update(from_)
+    assert not equal(encoder, method.agent.encoder)
+    torch.testing.assert_close(added(method), phi.T @ phi)
+    again = task(7, PIXELS)
+    again.load_state_dict(through_a_file(method.state_dict(), tmp_path))
+    assert not equal(encoder, again.agent.encoder)
+    torch.testing.assert_close(added(again), phi.T @ phi)
+
+
 # the regression
 
 

@@ -14,9 +14,11 @@ One update, with B transitions and the skills they were collected under:
     vector TD (discrete):    psi(o, a, w) -> phi(o') + r_entropy w + gamma psi'(o', a*, w), which w^T makes the scalar one, as |w| = 1;
                              only it gives features that another w may read, so GPI and the regression below rest on it
     scalar TD (continuous):  psi(o, a, w)^T w -> r + gamma min_i psi'_i(o', a', w)^T w, as URLB
-Transfer: w* solves phi(o_{t+1})^T w = r_t by least squares; the agent goes on with that skill, and phi stays as it is.
+Transfer: w* solves phi(o_{t+1})^T w = r_t by least squares; the agent goes on with that skill, and phi stays as it is. On pixels it reads
+the encoder as that was pre-trained, for Q goes on training its own, and sums over features that drift would belong to no phi.
 """
 
+import copy
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -28,7 +30,7 @@ from torch import Tensor, nn
 
 from urlfast import Field, SequenceReplay
 from urlfast.augment import AugmentConfig
-from urlfast.device import Captured, Precision, adam
+from urlfast.device import Captured, Precision, adam, upload
 from urlfast.intrinsic import ParticleConfig, ParticleReward
 from urlfast.learners.ddpg import DDPG, DDPGConfig
 from urlfast.learners.drq import DrQ, DrQConfig
@@ -426,7 +428,7 @@ class APSTaskConfig(TaskConfig):
 class APSTask:
     """The environment's reward, on what APS has pre-trained: with random skills first, then with the one that explains the rewards seen."""
 
-    parts = (*Task.parts, "phi", "regression")
+    parts = (*Task.parts, "phi", "phi_encoder", "regression")
 
     def __init__(self, config: APSTaskConfig, observation_shape, actions, *, device="cpu", seed: int = 0, frame_stack: int = 4):
         self.config = config
@@ -438,6 +440,7 @@ class APSTask:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.phi = phi_network(config, self.agent).to(self.agent.device)
+        self.phi_encoder = copy.deepcopy(self.agent.encoder).requires_grad_(False)  # as it was when phi was trained
         self.skills = Skills(config.skill_dim, config.skill_steps, seed)
         self.regression = Regression(config.skill_dim, self.agent.device)
         self.due = config.infer_at
@@ -458,8 +461,8 @@ class APSTask:
             reward, left = self.pending
             counts = left & ~step.is_first
             if counts.any():
-                seen = torch.from_numpy(np.ascontiguousarray(step.observation[counts])).to(self.agent.device)
-                phi = F.normalize(self.phi(self.agent.encode(self.agent.encoder, self.agent.plain(seen)).float()), dim=-1)
+                seen = upload(step.observation[counts], self.agent.device)
+                phi = F.normalize(self.phi(self.agent.encode(self.phi_encoder, self.agent.plain(seen)).float()), dim=-1)
                 self.regression.add(phi, torch.from_numpy(reward[counts]))
             self.pending = None
         if self.agent.steps >= self.due:
@@ -482,6 +485,8 @@ class APSTask:
     def state_dict(self) -> dict[str, dict]:
         r = self.regression
         state = self.task.state_dict() | {"phi": self.phi.state_dict()}
+        if self.agent.pixels:
+            state["phi_encoder"] = self.phi_encoder.state_dict()
         state["regression"] = {"gram": r.gram, "moment": r.moment, "count": r.count, "due": self.due, "skill": self.skills.fixed}
         state["progress"]["skills"] = self.skills.generator.get_state()
         return state
@@ -489,8 +494,9 @@ class APSTask:
     def load_state_dict(self, state: dict[str, dict]) -> None:
         """Raises ValueError where a part is missing or unknown."""
         check_parts(state, tuple(self.state_dict()))
-        self.task.load_state_dict({part: values for part, values in state.items() if part not in ("phi", "regression")})
+        self.task.load_state_dict({part: values for part, values in state.items() if part in Task.parts})
         self.phi.load_state_dict(state["phi"])
+        self.phi_encoder.load_state_dict(state.get("phi_encoder", {}))
         self.skills.generator.set_state(state["progress"]["skills"])
         r, saved = self.regression, state["regression"]
         r.gram, r.moment = (saved[name].to(self.agent.device, copy=True) for name in ("gram", "moment"))
@@ -502,8 +508,10 @@ class APSTask:
         """One part, of this or of a pre-trained method. Raises ValueError for a part that a task does not have."""
         if part == "phi":
             self.phi.load_state_dict(state)
-        else:
-            self.task.load_part(part, state)
+            return
+        self.task.load_part(part, state)
+        if part == "encoder":
+            self.phi_encoder.load_state_dict(state)
 
     def freeze(self, part: str) -> None:
         if part != "phi":  # which nothing here trains
