@@ -8,7 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 import pytest
@@ -28,6 +28,7 @@ from urlfast.run import (
     open_plain,
     read_json,
     read_metrics,
+    unsaid,
     write_json,
 )
 
@@ -218,12 +219,19 @@ class Outer:
 
 def test_a_config_comes_back_from_json():
     config = Outer(method=Inner(0.2, ((5, 6),)), num_envs=4)
-    from dataclasses import asdict
-
     assert from_dict(Outer(), json.loads(json.dumps(asdict(config)))) == config
     assert flat(config) == {"lr": 0.2, "widths": ((5, 6),), "env.lr": 0.1, "env.widths": ((1, 2), (3, 4)), "num-envs": 4}
     with pytest.raises(UserError, match="unknown option 'num_env' of Outer, did you mean 'num_envs'"):
         from_dict(Outer(), {"num_env": 3})
+
+
+def test_options_that_an_older_config_lacks_are_named():
+    saved = json.loads(json.dumps(asdict(Outer())))
+    assert unsaid(Outer(), saved) == {}
+    del saved["num_envs"], saved["method"]["lr"], saved["env"]["widths"]
+    assert unsaid(Outer(), saved) == {"lr": 0.1, "env.widths": ((1, 2), (3, 4)), "num-envs": 8}
+    del saved["env"]
+    assert unsaid(Outer(), saved) == {"lr": 0.1, "env.lr": 0.1, "env.widths": ((1, 2), (3, 4)), "num-envs": 8}
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import toy_run
 
 from urlfast import train
 from urlfast.checkpoint import checkpoints, read_latest
-from urlfast.run import Run, UsageError, UserError, read_metrics
+from urlfast.run import Run, UsageError, UserError, read_json, read_metrics, write_json
 from urlfast.train import Counters, updates_owed
 
 
@@ -185,6 +185,19 @@ def test_a_resumed_run_keeps_its_options_and_may_go_further(tmp_path):
     assert train.run_train(["toy", "corridor", "--resume", str(run.folder), "--steps", "100"]) == 0
     assert run.config["config"]["steps"] == 100 and run.config["config"]["method"]["lr"] == 0.02
     assert (final(run)["steps"], final(run)["updates"]) == (100, 60)
+
+
+def test_what_an_older_config_lacks_is_said_once_and_then_kept(tmp_path, capsys):
+    run = toy_run.new(tmp_path, "--steps", "60")
+    saved = read_json(run.folder / "config.json")
+    del saved["config"]["method"]["lr"], saved["config"]["keep"]
+    write_json(run.folder / "config.json", saved)
+    lr = toy_run.ToyConfig().lr
+    assert train.run_train(["--resume", str(run.folder), "--steps", "80"]) == 0
+    says = "config.json is an older urlfast's, without these options: taken as by default are "
+    assert f"{says}--lr {lr} --keep 3\n" in capsys.readouterr().err and run.config["config"]["method"]["lr"] == lr
+    assert train.run_train(["--resume", str(run.folder), "--steps", "100"]) == 0
+    assert says not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments, error, says", [

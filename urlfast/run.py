@@ -245,6 +245,21 @@ def flat(config, prefix: str = "") -> dict:
     return options
 
 
+def unsaid(config, values: dict) -> dict:
+    """{option: value} of those of `config` that `values`, as config.json holds them, does not name, for an older urlfast had none such."""
+
+    def names(values: dict, prefix: str = ""):
+        for name, value in values.items():
+            name = prefix + name.replace("_", "-")
+            if isinstance(value, dict):
+                yield from names(value, prefix if name == "method" else f"{name}.")
+            else:
+                yield name
+
+    said = set(names(values))
+    return {option: value for option, value in flat(config).items() if option not in said}
+
+
 def versions() -> dict[str, str]:
     """Of urlfast and of what decides its results; only those installed."""
     found = {"urlfast": __version__, "python": ".".join(map(str, sys.version_info[:3]))}

@@ -46,6 +46,7 @@ from urlfast.run import (
     human_bytes,
     human_time,
     nearest,
+    unsaid,
     write_json,
 )
 
@@ -447,13 +448,17 @@ def resumed(config: TrainConfig, wanted: TrainConfig) -> TrainConfig:
 
 
 def load(saved: dict) -> tuple[str, str, TrainConfig]:
-    """(method, domain, config) of a run's config.json."""
+    """(method, domain, config) of a run's config.json. What that does not name, an older one, is as today's preset has it, and is said."""
     method, domain = saved["method"], saved["domain"]
     if (method, domain) not in PRESETS:
         raise UserError(f"config.json: this urlfast has no {method!r} on {domain!r}")
     presets = PRESETS[method, domain]
     default = presets.get(saved.get("preset"), next(iter(presets.values())))  # they differ in what they are made of
-    return method, domain, from_dict(default, saved["config"])
+    config = from_dict(default, saved["config"])
+    if new := unsaid(config, saved["config"]):
+        options = " ".join(f"--{name} {value}" for name, value in new.items())
+        print(f"config.json is an older urlfast's, without these options: taken as by default are {options}", file=sys.stderr, flush=True)
+    return method, domain, config
 
 
 def farewell(run: Run, config: TrainConfig, stopped: str | None) -> int:
