@@ -190,17 +190,17 @@ def test_a_policy_arrives_as_it_was_sent():
 def test_ray_is_asked_for_where_it_is_missing_and_only_there(monkeypatch):
     monkeypatch.setattr(actors, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"--ray-address: Ray is not installed; pip install 'urlfast\[ray\]'"):
-        train.run_train(["r2d2", "gym", "--actors", "2"])
+        train.run_train(["r2d2", "gym", "--env.id", "CartPole-v1", "--actors", "2"])
     with pytest.raises(UsageError, match=r"--actors: apt acts in this process alone; .*: ngu, cpt, r2d2, cpt-task"):
-        train.run_train(["apt", "gym", "--actors", "2"])
+        train.run_train(["apt", "gym", "--env.id", "CartPole-v1", "--actors", "2"])
     with pytest.raises(UsageError, match=r"--actors: this machine alone takes \d+ at most, got 1000; --ray-address names a cluster"):
-        train.run_train(["r2d2", "gym", "--actors", "1000"])
+        train.run_train(["r2d2", "gym", "--env.id", "CartPole-v1", "--actors", "1000"])
     with pytest.raises(ValueError, match="actors: must be at least 0, got -1"):
         train.TrainConfig(RecurrentConfig(), GymConfig(), actors=-1)
 
 
 def test_training_in_one_process_imports_no_ray(tmp_path):
-    argv = ["r2d2", "gym", "--steps", "200", "--learning-start", "180", "--runs", str(tmp_path)]
+    argv = ["r2d2", "gym", "--env.id", "CartPole-v1", "--steps", "200", "--learning-start", "180", "--runs", str(tmp_path)]
     code = f"import sys\nfrom urlfast import train\ntrain.run_train({argv})\nassert not {{'ray', 'urlfast.actors'}} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], env=toy_run.environment(), check=True, capture_output=True, timeout=120)
 

@@ -1,16 +1,18 @@
 """The commands as a person meets them: in processes of their own, `urlfast X` and `python -m urlfast.X`."""
 
+import importlib
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 import toy_run
 
-from urlfast import info, train
+from urlfast import info
 from urlfast.run import flat
 from urlfast.train import PRESETS, parse
 
@@ -51,7 +53,7 @@ def test_an_interrupt_while_a_command_loads_is_no_traceback(tmp_path):
 
 def test_an_unknown_command_is_answered_with_the_nearest():
     done = urlfast("trian")
-    assert done.returncode == 1 and done.stderr.startswith("urlfast: unknown command 'trian', did you mean 'train'?")
+    assert done.returncode == 2 and done.stderr.startswith("urlfast: unknown command 'trian', did you mean 'train'?")
 
 
 def test_version():
@@ -64,20 +66,65 @@ def test_train_says_what_is_wrong():
     assert len(done.stderr.splitlines()) == 1 and not done.stdout
 
 
-@pytest.mark.parametrize("arguments, status, says", [
-    ([], 0, "apt"),
-    (["apt", "atari", "--lerner.lr", "1"], 2, "--learner.lr"),
-    (["apt", "atari", "--env.game", "mspackman"], 1, "ms_pacman"),
-    (["apt", "atari", "--steps", "0"], 2, "steps: must be at least 1, got 0"),
+@pytest.mark.parametrize("command, arguments, status, says", [
+    ("train", [], 0, "apt"),
+    ("train", ["apt", "gym", "--help"], 0, "(default: '')"),
+    ("train", ["apt", "atari", "--lerner.lr", "1"], 2, "--learner.lr"),
+    ("train", ["apt", "atari", "--steps", "0"], 2, "steps: must be at least 1, got 0"),
+    ("train", ["apt", "atari", "--env.game", "mspackman"], 2, "ms_pacman"),
+    ("train", ["apt", "dmc", "--env.task", "walker_wlak"], 2, "walker_walk"),
+    ("train", ["apt", "gym", "--env.id", "CartPol-v1"], 2, "CartPole"),
+    ("train", ["ddpg", "gym", "--env.id", "CartPole-v1"], 2, "takes no discrete actions"),
+    ("train", ["--resume", "absent"], 2, "no run 'absent'"),
+    ("train", ["--resume", "strange"], 2, "is not a run of urlfast"),
+    ("train", ["--resume", "run"], 1, "has no checkpoint that can be read"),
+    ("train", ["toy", "corridor", "--runs", "file/x"], 1, "--runs: cannot write to"),
+    ("transfer", [], 2, "which run?"),
+    ("transfer", ["absent"], 2, "no run 'absent'"),
+    ("transfer", ["strange"], 2, "is not a run of urlfast"),
+    ("transfer", ["run", "--rule", "hole"], 2, "did you mean 'whole'"),
+    ("transfer", ["run", "--task", "pnog"], 2, "pong"),
+    ("transfer", ["run", "--lerner.lr", "1"], 2, "--learner.lr"),
+    ("transfer", ["run", "--checkpoint", "41"], 2, "has none of step 41"),
+    ("transfer", ["run"], 1, "has no checkpoint that can be read"),
+    ("evaluate", [], 2, "RUN: name at least one"),
+    ("evaluate", ["run", "absent"], 2, "no run 'absent'"),
+    ("evaluate", ["strange"], 2, "is not a run of urlfast"),
+    ("evaluate", ["run", "--episods", "1"], 2, "--episodes"),
+    ("evaluate", ["run", "--episodes", "0"], 2, "episodes: must be at least 1, got 0"),
+    ("evaluate", ["run", "--checkpoint", "41"], 2, "has none of step 41"),
+    ("evaluate", ["run"], 1, "has no checkpoint that can be read"),
+    ("report", [], 2, "RUN: name at least one"),
+    ("report", ["absent"], 2, "no run 'absent'"),
+    ("report", ["strange"], 2, "is not a run of urlfast"),
+    ("report", ["run", "--out", "absent/x.html"], 2, "--out: absent is no folder"),
+    ("report", ["begun"], 1, "no run of this sweep has begun"),
+    ("sweep", [], 2, "FILE|NAME"),
+    ("sweep", ["absent.json"], 2, "No such file"),
+    ("sweep", ["absent"], 2, "no file 'absent'"),
+    ("sweep", ["list.json", "--jobs", "0"], 2, "jobs: must lie in 1..4096, got 0"),
+    ("sweep", ["list.json", "--rows", "c"], 2, "no row 'c'"),
+    ("sweep", ["list.json"], 2, "did you mean 'apt'"),
+    ("info", ["--jsno"], 2, "--jsno"),
 ])  # fmt: skip
-def test_train_answers_in_its_own_words(arguments, status, says, capsys, monkeypatch, tmp_path):
+def test_what_was_typed_wrong_ends_in_2_and_what_else_fails_in_1(command, arguments, status, says, capsys, monkeypatch, tmp_path):
+    """In the folder: `run` has no checkpoint, `strange` is somebody else's, the sweep `begun` has no run, list.json a misspelt method."""
     monkeypatch.chdir(tmp_path)
+    for name, content in {
+        "run/config.json": {"method": "apt", "domain": "atari", "config": asdict(PRESETS["apt", "atari"]["paper"])},
+        "strange/config.json": {"name": "someone else"},
+        "begun/sweep.json": {"rows": []},
+        "list.json": {"rows": [{"name": "a", "train": "aptt atari"}]},
+        "file": {},
+    }.items():
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(content))
     with pytest.raises(SystemExit) as exit:
-        train.main(arguments)
-        sys.exit()
+        importlib.import_module(f"urlfast.{command}").main(arguments)
     said = capsys.readouterr()
-    assert (exit.value.code or 0) == status
-    assert says in said.out + said.err
+    text = " ".join((said.out + said.err).replace("│", " ").split())
+    assert (exit.value.code or 0) == status and says in text
 
 
 @pytest.mark.parametrize("pair", PRESETS)

@@ -23,7 +23,7 @@ def newest(runs):
 @pytest.fixture(scope="module")
 def cartpole(tmp_path_factory):
     runs = tmp_path_factory.mktemp("runs")
-    assert train.run_train(["r2d2", "gym", *RUN, *SMALL, "--replay-ratio", "2", "--runs", str(runs)]) == 0
+    assert train.run_train(["r2d2", "gym", "--env.id", "CartPole-v1", *RUN, *SMALL, "--replay-ratio", "2", "--runs", str(runs)]) == 0
     return newest(runs)
 
 

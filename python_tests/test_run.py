@@ -19,6 +19,7 @@ from urlfast.run import (
     Metrics,
     Progress,
     Run,
+    UsageError,
     UserError,
     flat,
     from_dict,
@@ -137,8 +138,13 @@ def test_a_run_is_found_by_path_and_by_name_and_an_unknown_one_is_answered_with_
     runs = run.folder.parent
     assert Run.find(run.folder).folder == run.folder
     assert Run.find(run.name, runs).folder == run.folder
-    with pytest.raises(UserError, match=f"did you mean '{run.name}'"):
+    with pytest.raises(UsageError, match=f"the nearest: {run.name}$"):
         Run.find(run.name[:-1], runs)
+    others = [Run.create(runs, f"apt-dmc-task_{n}-s1", CONFIG).name for n in range(9)]
+    with pytest.raises(UsageError) as error:  # of those that are near, and of a few
+        Run.find(others[7][:-1], runs)
+    near = str(error.value).partition("the nearest: ")[2].split(", ")
+    assert near[0] == others[7] and len(near) == 5 and run.name not in near
     for name in ("", "x" * 5000, "a\0b", "\udc80"):
         with pytest.raises(UserError, match="no run "):
             Run.find(name, runs)
@@ -302,6 +308,16 @@ def test_progress_ends_at_all_steps_and_foretells_nothing_before_learning():
     first, last = out.getvalue().splitlines()
     assert "learning begins at 8" in first and "left" not in first
     assert "step 24 of 20 (100.0%)  4/s  0 s left" in last
+
+
+def test_progress_of_episodes_says_so_from_the_first_one_on():
+    out = Terminal()
+    with Progress(5, stream=out, of="agent: episode") as progress:
+        progress.tick(0)
+        progress.tick(5)  # too soon to be shown
+        progress.log({"step": 5, "steps_per_second": 2.0, "score": 1.5})
+    assert "agent: episode 0 of 5 (0.0%)" in out.getvalue() and "learning" not in out.getvalue()
+    assert out.getvalue().rpartition("agent: ")[2].startswith("episode 5 of 5 (100.0%)  2/s  0 s left  score 1.5")
 
 
 @pytest.mark.parametrize("error, status, line", [

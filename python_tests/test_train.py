@@ -134,7 +134,7 @@ def test_an_interrupted_run_saves_and_says_how_to_go_on(tmp_path, number, status
     out, error = process.communicate(timeout=120)
     assert process.returncode == status, error
     (folder,) = tmp_path.iterdir()
-    assert f"urlfast train --resume {folder}" in out and "Traceback" not in error
+    assert f"stopped, and saved at step 48. Go on with: urlfast train --resume {folder}" in out and "Traceback" not in error
     saved = read_latest(folder, replay=True)
     assert saved.step == 48 and read_metrics(folder)[-1]["step"] == 48  # in 28 steps of two worlds four were resets
 
@@ -207,8 +207,10 @@ def test_what_an_older_config_lacks_is_said_once_and_then_kept(tmp_path, capsys)
     (["toy"], UsageError, "toy on which domain"),
     (["toy", "corridor", "--preset", "fats"], UsageError, "did you mean 'fast'"),
     (["toy", "corridor", "--resume"], UsageError, "--resume: needs a value"),
-    (["toy", "corridor", "--env.game", "brakout"], UserError, "breakout"),
-    (["toy", "corridor", "--learning-start", "3"], UserError, "learning_start: must be at least 4"),
+    (["toy", "corridor", "--env.game", "brakout"], UsageError, "breakout"),
+    (["toy", "corridor", "--learning-start", "3"], UsageError, "learning_start: must be at least 4"),
+    (["apt", "gym"], UsageError, "^--env.id: which environment\\? as in `urlfast train apt gym --env.id CartPole-v1`"),
+    (["apt", "gym", "--preset", "discrete", "--steps", "20"], UsageError, "^--env.id: which environment"),
 ])  # fmt: skip
 def test_what_is_not_known_is_answered_with_the_nearest(arguments, error, says, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -280,8 +282,13 @@ def test_a_gpu_that_is_not_there_is_one_line(tmp_path):
         train.run_train(["toy", "corridor", "--device", "cuda", "--runs", str(tmp_path)])
 
 
+def test_of_an_option_given_twice_the_last_value_counts():
+    argv = ["--preset", "a", "--steps", "3", "--preset=b"]
+    assert train.take(argv, "--preset") == "b" and argv == ["--steps", "3"] and train.take(argv, "--preset") is None
+
+
 def test_a_preset_and_its_options(tmp_path):
-    run = toy_run.new(tmp_path, "--preset=fast", "--steps", "40", "--env.num-envs", "1")
+    run = toy_run.new(tmp_path, "--preset=paper", "--preset=fast", "--steps", "40", "--env.num-envs", "1")
     assert run.config["preset"] == "fast"
     assert run.config["config"]["method"]["lr"] == 0.1 and run.config["config"]["env"]["num_envs"] == 1
     assert run.config["versions"]["urlfast"] and run.config["config"]["seed"] == 1

@@ -40,7 +40,8 @@ def run(argv: list[str]) -> None:
 
         close = difflib.get_close_matches(argv[0], COMMANDS, n=1)
         hint = f", did you mean {close[0]!r}?" if close else ""
-        sys.exit(f"urlfast: unknown command {argv[0]!r}{hint} (known: {', '.join(COMMANDS)})")
+        print(f"urlfast: unknown command {argv[0]!r}{hint} (known: {', '.join(COMMANDS)})", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

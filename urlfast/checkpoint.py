@@ -32,7 +32,7 @@ import numpy as np
 import torch
 
 from urlfast import SequenceReplay
-from urlfast.run import UserError, nearest, one_line, open_plain, read_json, sync, sync_folder, versions
+from urlfast.run import UsageError, UserError, nearest, one_line, open_plain, read_json, sync, sync_folder, versions
 
 FORMAT = 1
 CHECKPOINT = re.compile(r"step-[0-9]{9,18}")
@@ -174,10 +174,10 @@ def read_latest(run: str | Path, *, replay: bool = False, say=print) -> Checkpoi
 
 
 def read_at(run: str | Path, step: str) -> Checkpoint:
-    """The checkpoint of that step; for an unknown one, UserError lists those there are."""
+    """The checkpoint of that step; for an unknown one, UsageError lists those there are."""
     found = {str(step_of(path)): path for path in checkpoints(run)}
     if step.replace("_", "") not in found:
-        raise UserError(f"checkpoint: {run} has none of step {step}{nearest(step, ['latest', *found])}")
+        raise UsageError(f"checkpoint: {run} has none of step {step}{nearest(step, ['latest', *found])}")
     try:
         return read(found[step.replace("_", "")])
     except Refused as error:

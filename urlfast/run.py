@@ -45,11 +45,11 @@ class UserError(Exception):
 
 
 class UsageError(UserError):
-    """The command line cannot be understood."""
+    """What was typed is wrong: an unknown option or name, a value out of range, a path that is no run. Its exit status is 2, others' 1."""
 
 
 def command(name: str, main: Callable[[list[str]], int | None], argv: Sequence[str] | None) -> None:
-    """Runs `urlfast <name>`: a foreseen error is one line and exit status 1 (2 for the command line), and a bug shows its traceback."""
+    """Runs `urlfast <name>`: a foreseen error is one line and exit status 1 (2 for what was typed), and a bug shows its traceback."""
     sys.stdout.reconfigure(errors="backslashreplace")  # a name may hold what the terminal's encoding lacks
     try:
         status = main(list(sys.argv[1:] if argv is None else argv))
@@ -303,9 +303,10 @@ class Run:
         for folder in (Path(name), Path(runs) / name):
             if _is_run(folder):
                 return Run(folder.resolve() if folder.name in ("", ".", "..") else folder)._check_folders()
-        known = sorted(folder.parent.name for folder in Path(runs).glob("*/config.json"))
-        reason = nearest(str(name), known) if known else f" (no run under {Path(runs).resolve()})"
-        raise UserError(f"no run {reprlib.repr(str(name))}: neither a run's folder nor a name under {runs}/{reason}")
+        known = [folder.parent.name for folder in Path(runs).glob("*/config.json")]
+        near = difflib.get_close_matches(Path(name).name, known, n=5, cutoff=0)  # of what may be hundreds
+        reason = f"; the nearest: {', '.join(near)}" if near else f" (no run under {Path(runs).resolve()})"
+        raise UsageError(f"no run {reprlib.repr(str(name))}: neither a run's folder nor a name under {runs}/{reason}")
 
     def _check_folders(self) -> Run:
         """What is written to and cleared, and shown, lies in the run's own folder."""
@@ -328,7 +329,7 @@ class Run:
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             known = False
         if not known:
-            raise UserError(f"{self.folder}/config.json is not a run of urlfast")
+            raise UsageError(f"{self.folder}/config.json is not a run of urlfast")
         return config
 
     @contextmanager
@@ -395,12 +396,12 @@ def newest_run(folder: Path) -> Path | None:
 
 
 def runs_of(folder: str | Path) -> dict[Path, str]:
-    """{run: its row} of a sweep's folder, in the order of the list. Raises UserError where it is none."""
+    """{run: its row} of a sweep's folder, in the order of the list. Raises UsageError where it is none."""
     try:
         rows = [row["name"] for row in read_json(Path(folder) / "sweep.json")["rows"]]
         places = [(row, place) for row in rows for place in sorted((Path(folder) / slug(row)).glob("*/"))]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder}/sweep.json is not a sweep's: {error}") from None
+        raise UsageError(f"{folder}/sweep.json is not a sweep's: {error}") from None
     return {run: row for row, place in places if (run := newest_run(place))}
 
 
@@ -507,14 +508,14 @@ def _is_number(value) -> bool:
 
 
 class Progress:
-    """One line: steps, rate, time left, the numbers that matter. Live on a terminal; else printed now and then, with a logged line."""
+    """One line: how far, rate, time left, the numbers that matter. Live on a terminal; else printed now and then, with a logged line."""
 
     SHOWN = ("score", "q_loss", "critic_loss", "contrastive_accuracy", "inverse_error", "intrinsic_reward", "knn_distance", "exploration")
     PRINT_EVERY = 10.0  # seconds
 
-    def __init__(self, total: int, learning_start: int = 0, stream=None):
-        """learning_start: steps that cost nearly nothing, from whose rate no time left follows."""
-        self.total, self.learning_start = total, learning_start
+    def __init__(self, total: int, learning_start: int = -1, stream=None, *, of: str = "step"):
+        """learning_start: steps that cost nearly nothing, from whose rate no time left follows. of: what is counted, if not steps."""
+        self.total, self.learning_start, self._of = total, learning_start, of
         self._stream = stream or sys.stdout
         self._live = None
         self._line: dict = {}
@@ -547,8 +548,8 @@ class Progress:
     def log(self, line: dict) -> None:
         """A line was logged: these numbers are shown from now on."""
         self._line |= {name: line[name] for name in self.SHOWN if name in line}
-        now = time.monotonic()
-        if not self._live and (now > self._shown_at + self.PRINT_EVERY or line["step"] >= self.total):
+        now, over = time.monotonic(), line["step"] >= self.total
+        if over or (not self._live and now > self._shown_at + self.PRINT_EVERY):
             self._shown_at = now
             self._show(line["step"], line["steps_per_second"])
 
@@ -558,7 +559,7 @@ class Progress:
             says = f"learning begins at {self.learning_start:,}"
         else:
             says = f"{human_time(left / rate)} left" if rate > 0 else ""
-        text = f"step {steps:,} of {self.total:,} ({min(steps / self.total, 1):.1%})  {rate:.3g}/s  {says}"
+        text = f"{self._of} {steps:,} of {self.total:,} ({min(steps / self.total, 1):.1%})  {rate:.3g}/s  {says}"
         for name, value in self._line.items():
             text += f"  {name.replace('_', ' ')} {value:.4g}"
         if self._live:

@@ -23,7 +23,9 @@ from urlfast.checkpoint import Checkpoint, Checkpoints, read_latest
 from urlfast.device import keep_freed_memory
 from urlfast.envs.atari import AtariConfig, make_atari
 from urlfast.envs.dmc import DMCConfig, make_dmc
+from urlfast.envs.dmc_tasks import domain_of
 from urlfast.envs.gym import GymConfig, make_gym
+from urlfast.envs.rendering import NoRenderer
 from urlfast.info import hardware
 from urlfast.learners.drq import DrQConfig
 from urlfast.methods import stored_rows
@@ -139,7 +141,7 @@ for method, configs in {  # of any environment of gymnasium: which one is the de
         for kind in ("discrete", "discrete-pixels", "continuous", "continuous-pixels")
     },
 }.items():
-    PRESETS[method, "gym"] = {kind: TrainConfig(config, GymConfig(), steps=100_000) for kind, config in configs.items()}
+    PRESETS[method, "gym"] = {kind: TrainConfig(config, GymConfig(id=""), steps=100_000) for kind, config in configs.items()}
 
 
 # The loop ------------------------------------------------------------------------------------------------------------
@@ -358,8 +360,24 @@ def refusals():
     """ValueErrors of what is built from the command line name an option's value: one line, not a traceback."""
     try:
         yield
-    except (ValueError, OverflowError, MemoryError, FileNotFoundError) as error:
+    except (NoRenderer, MemoryError, FileNotFoundError) as error:  # what this machine lacks
         raise UserError(str(error)) from error
+    except (ValueError, OverflowError) as error:
+        raise UsageError(str(error)) from error
+
+
+def check_fits(domain: str, before, after, env, instead: str) -> None:
+    """Raises UsageError where what was learned in the worlds of the config `before` does not fit `env`, which was made of `after`: another
+    domain of DMControl, other observations or, unless `instead` is empty, other actions; `instead` says what to do then.
+    """
+    if domain == "dmc" and domain_of(before.name) != domain_of(after.name):  # whose shapes may agree, as those of all pictures do
+        raise UsageError(f"{after.name} is no task of {domain_of(before.name)}, which is all that the run knows")
+    with refusals(), closing(DOMAINS[domain](before, num_envs=1)) as own:
+        seen, actions = own.observation_shape, own.actions
+    if env.observation_shape != seen:
+        raise UsageError(f"{after.name} shows observations of shape {env.observation_shape}, and the run knows {before.name}'s {seen}")
+    if instead and env.actions != actions:
+        raise UsageError(f"{after.name} has {env.actions} actions, the run's {before.name} {actions}: {instead}")
 
 
 def start(method: str, domain: str, preset: str, config: TrainConfig, *, name: str = "", prepare=lambda agent: None, **noted) -> int:
@@ -380,8 +398,9 @@ def start(method: str, domain: str, preset: str, config: TrainConfig, *, name: s
         run = Run.create(config.runs, f"{name or f'{method}-{domain}'}-{world}-s{config.seed}", saved)
         with run.locked():
             print(cost(run, config, agent, trial, env, replay, seconds), flush=True)
-            stopped = train(run, config, agent, env, replay, Counters(), Checkpoints(run.folder, config.keep))
-    return farewell(run, config, stopped)
+            counters = Counters()
+            stopped = train(run, config, agent, env, replay, counters, Checkpoints(run.folder, config.keep))
+    return farewell(run, config, counters, stopped)
 
 
 def resume(name: str, argv: list[str]) -> int:
@@ -418,7 +437,7 @@ def resume(name: str, argv: list[str]) -> int:
             )
             checkpoints = Checkpoints(run.folder, config.keep, checkpoint)
             stopped = train(run, config, agent, env, replay, counters, checkpoints)
-    return farewell(run, config, stopped)
+    return farewell(run, config, counters, stopped)
 
 
 def check_replay(replay, agent, num_envs: int) -> None:
@@ -461,10 +480,10 @@ def load(saved: dict) -> tuple[str, str, TrainConfig]:
     return method, domain, config
 
 
-def farewell(run: Run, config: TrainConfig, stopped: str | None) -> int:
+def farewell(run: Run, config: TrainConfig, counters: Counters, stopped: str | None) -> int:
     if stopped:
         where = f" --ray-address {config.ray_address}" if config.actors and config.ray_address != "local" else ""
-        print(f"stopped, and saved. Go on with: urlfast train --resume {run.folder}{where}")
+        print(f"stopped, and saved at step {counters.steps:,}. Go on with: urlfast train --resume {run.folder}{where}")
         return 128 + signal.Signals[stopped]
     print(f"done. Next: urlfast evaluate {run.folder}, urlfast report {run.folder}")
     return 0
@@ -541,7 +560,8 @@ USAGE = """usage: urlfast train METHOD DOMAIN [--preset NAME] [options]
 
 {pairs}
 
-`urlfast train METHOD DOMAIN --help` lists every option with its default. RUN is a run's folder, or its name under runs/."""
+`urlfast train METHOD DOMAIN --help` lists every option with its default. On gym --env.id is needed, as --env.id CartPole-v1.
+RUN is a run's folder, or its name under runs/."""
 
 
 def parse(default: TrainConfig, argv: Sequence[str], prog: str, description: str = "") -> TrainConfig:
@@ -560,16 +580,18 @@ def usage():
 
 
 def take(argv: list[str], option: str) -> str | None:
-    """Removes `option VALUE` or `option=VALUE` from argv and returns the value."""
-    for index, argument in enumerate(argv):
-        name, equals, value = argument.partition("=")
-        if name == option:
-            if not equals and index + 1 == len(argv):
-                raise UsageError(f"{option}: needs a value")
-            value = value if equals else argv[index + 1]
-            del argv[index : index + (1 if equals else 2)]
-            return value
-    return None
+    """Removes `option VALUE` or `option=VALUE` from argv and returns the value, the last one where there are several, as tyro does."""
+    found, index = None, 0
+    while index < len(argv):
+        name, equals, value = argv[index].partition("=")
+        if name != option:
+            index += 1
+            continue
+        if not equals and index + 1 == len(argv):
+            raise UsageError(f"{option}: needs a value")
+        found = value if equals else argv[index + 1]
+        del argv[index : index + (1 if equals else 2)]
+    return found
 
 
 def pick(argv: list[str]) -> tuple[str, str, str]:
@@ -586,22 +608,23 @@ def pick(argv: list[str]) -> tuple[str, str, str]:
     if domain not in domains:
         raise UsageError(f"unknown domain {domain!r} for {method}{nearest(domain, domains)}")
     presets = PRESETS[method, domain]
-    preset = take(argv, "--preset")
+    preset, id = take(argv, "--preset"), take(list(argv), "--env.id")
+    if domain == "gym" and not id and not {"-h", "--help"} & set(argv):
+        raise UsageError(f"--env.id: which environment? as in `urlfast train {method} gym --env.id CartPole-v1`, or mypackage.worlds:make")
     if preset is None:
-        preset = fitting(method, presets, argv) if domain == "gym" else next(iter(presets))
+        preset = fitting(method, presets, id) if domain == "gym" and id else next(iter(presets))
     if preset not in presets:
         raise UsageError(f"--preset: unknown {preset!r}{nearest(preset, presets)}")
     return method, domain, preset
 
 
-def fitting(method: str, presets: dict[str, TrainConfig], argv: list[str]) -> str:
-    """The preset for what the environment that `--env.id` names shows and takes; UserError where the method has none."""
-    id = take(list(argv), "--env.id") or GymConfig().id
+def fitting(method: str, presets: dict[str, TrainConfig], id: str) -> str:
+    """The preset for what the environment of that id shows and takes; UsageError where the method has none."""
     with refusals(), closing(make_gym(GymConfig(id=id), num_envs=1)) as env:
         kind = ("discrete" if isinstance(env.actions, int) else "continuous") + ("-pixels" if len(env.frame_shape) == 3 else "")
     if kind not in presets:
         others = ", ".join(name for name in METHODS if (name, "gym") in PRESETS and kind in PRESETS[name, "gym"])
-        raise UserError(f"{method} takes no {kind.partition('-')[0]} actions, which {id} has; these methods do: {others}")
+        raise UsageError(f"{method} takes no {kind.partition('-')[0]} actions, which {id} has; these methods do: {others}")
     return kind
 
 
