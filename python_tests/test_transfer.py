@@ -1,6 +1,7 @@
 """What a transfer carries over, on the real game and the real methods, for a few steps."""
 
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -76,7 +77,7 @@ def test_a_misspelt_game_lists_the_nearest(pretrained, tmp_path):
 
 def test_a_policy_is_not_evaluated_where_it_cannot_act_and_random_play_is_the_same_beside_every_checkpoint(pretrained):
     options = dict(episodes=2, num_envs=2, video=False)
-    with pytest.raises(UserError, match=r"--task: breakout has 4 actions, and the run's pong 6: its policy cannot act there"):
+    with pytest.raises(UsageError, match=r"breakout has 4 actions, the run's pong 6: its policy cannot act there"):
         evaluate.evaluate(EvaluateConfig((str(pretrained.folder),), task="breakout", **options))
     returns = []
     for policy in (None, lambda step: np.zeros(len(step.is_last), np.int64)):  # random play's, after two agents that play differently
@@ -87,6 +88,26 @@ def test_a_policy_is_not_evaluated_where_it_cannot_act_and_random_play_is_the_sa
         entries = json.loads((pretrained.folder / "results.json").read_text())["evaluations"]
         returns.append([(entry["returns"], entry["lengths"]) for entry in entries if entry["policy"] == "random"][-1])
     assert returns[0] == returns[1]
+
+
+@pytest.mark.parametrize("method, domain, preset, rule, says", [
+    ("apt", "dmc", "urlb", "cpt", "'cpt' is not for this run of apt on dmc, but for those of apt, aps, ngu, cpt, .* with numbered actions"),
+    ("apt", "atari", "paper", "fine-tuning", "'fine-tuning' is not for this run of apt on atari, but for those of ngu, cpt, r2d2, cpt-"),
+    ("cpt-task", "atari", "small", "whole", r"'whole' is not for this run of cpt-task on atari, .* apt, .* r2d2 \(here: cpt, "),
+    ("apt", "atari", "paper", "hole", r"unknown 'hole', did you mean 'whole'\? \(known: whole, random-head, "),
+])  # fmt: skip
+def test_a_rule_of_other_runs_says_whose(tmp_path, method, domain, preset, rule, says):
+    config = asdict(train.PRESETS[method, domain][preset])
+    run = Run.create(tmp_path, "run", {"method": method, "domain": domain, "preset": preset, "config": config})
+    with pytest.raises(UsageError, match=f"^--rule: {says}"):
+        transfer.run_transfer([str(run.folder), "--rule", rule])
+
+
+def test_a_run_that_no_rule_begins_from_says_so(tmp_path):
+    config = asdict(train.PRESETS["aps-task", "dmc"]["urlb"])
+    run = Run.create(tmp_path, "run", {"method": "aps-task", "domain": "dmc", "config": config})
+    with pytest.raises(UsageError, match="from a run of aps-task on dmc no rule leads on"):
+        transfer.run_transfer([str(run.folder)])
 
 
 def test_a_run_is_needed(tmp_path):

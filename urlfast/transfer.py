@@ -14,7 +14,6 @@ from dataclasses import dataclass, fields, replace
 import tyro
 
 from urlfast.checkpoint import read_at, read_latest
-from urlfast.envs.dmc_tasks import domain_of
 from urlfast.learners.ddpg import DDPGConfig
 from urlfast.learners.drq import DrQConfig
 from urlfast.learners.drq_sac import DrQSACConfig
@@ -22,8 +21,8 @@ from urlfast.learners.r2d2 import R2D2Config
 from urlfast.methods import FREEZE, LOAD, RESET, transfer
 from urlfast.methods.agent import LEARNED
 from urlfast.methods.cpt import VARIANTS
-from urlfast.run import Run, UsageError, UserError, command, nearest
-from urlfast.train import DOMAINS, METHODS, PRESETS, TrainConfig, load, refusals, start, take, usage
+from urlfast.run import Run, UsageError, command, nearest
+from urlfast.train import DOMAINS, METHODS, PRESETS, TrainConfig, check_fits, load, refusals, start, take, usage
 
 # The method that learns from the reward, by the pre-trained learner.
 TASK = {DrQConfig: "drq", DDPGConfig: "ddpg", DrQSACConfig: "drq-sac", R2D2Config: "r2d2"}
@@ -51,11 +50,20 @@ class TransferConfig(TrainConfig):
 
 def rules(method: str, domain: str, pretrained: TrainConfig) -> list[str]:
     """Those of a run, the default first."""
-    own, recurrent = list(getattr(METHODS[method], "TRANSFER", ())), isinstance(pretrained.method.learner, R2D2Config)
+    own = list(getattr(METHODS[method], "TRANSFER", ()))
     if ("cpt-task", domain) not in PRESETS or isinstance(pretrained.method.learner, DDPGConfig | DrQSACConfig):
         return own  # R2D2 takes numbered actions
-    more = [rule for rule in VARIANTS if recurrent or rule != "fine-tuning"]
+    more = [rule for rule in VARIANTS if rule != "fine-tuning" or isinstance(pretrained.method.learner, R2D2Config)]
     return more + own if method in ("cpt", "ngu") or not own else own + more
+
+
+def unknown(rule: str, method: str, domain: str, known: list[str]) -> str:
+    """Why `rule` is none of those that a run's pre-training has: it is others', or nobody's."""
+    others = dict.fromkeys(name for (name, place), of in PRESETS.items() if any(rule in rules(name, place, one) for one in of.values()))
+    if not others:
+        return f"unknown {rule!r}{nearest(rule, known)}"
+    kind = " with numbered actions" if rule in VARIANTS else ""
+    return f"{rule!r} is not for this run of {method} on {domain}, but for those of {', '.join(others)}{kind} (here: {', '.join(known)})"
 
 
 def run_transfer(argv: list[str]) -> int:
@@ -68,29 +76,10 @@ def run_transfer(argv: list[str]) -> int:
     else:
         raise UsageError("which run? urlfast transfer RUN [--task TASK] [--rule RULE]")
     method, domain, pretrained = load(run.config)
-    known, argv = rules(method, domain, pretrained), list(argv)
-    rule, preset = take(argv, "--rule") or known[0], take(argv, "--preset")
-    if rule not in known:
-        raise UsageError(f"--rule: unknown {rule!r}{nearest(rule, known)}")
-    variant = VARIANTS.get(rule)
-    task = "cpt-task" if variant else "aps-task" if method == "aps" else TASK[type(pretrained.method.learner)]
-    presets = PRESETS[task, domain]
-    if preset is None:
-        same = run.config.get("preset") if not variant or isinstance(pretrained.method.learner, R2D2Config) else None
-        preset = same if same in presets else next(iter(presets))
-    if preset not in presets:
-        raise UsageError(f"--preset: unknown {preset!r}{nearest(preset, presets)}")
-    default = inherited(presets[preset], domain, pretrained, variant)
-    default = replace(default, seed=pretrained.seed, runs=str(run.folder.parent))
-    options = {field.name: getattr(default, field.name) for field in fields(TrainConfig)}
-    prog, says = f"urlfast transfer {argv[0]}", [f"  {name:18}{SAYS.get(name, '')}" for name in known]
-    description = "\n".join(["Learns a task with what a run has pre-trained. --rule:", *says])
-    with usage():
-        wanted = tyro.cli(TransferConfig, default=TransferConfig(**options, rule=rule), args=argv[1:], prog=prog, description=description)
-    config = TrainConfig(**{name: getattr(wanted, name) for name in options})
-    if wanted.task:
-        with refusals():
-            config = replace(config, env=config.env.playing(wanted.task))
+    pretrained = replace(pretrained, runs=str(run.folder.parent))
+    task, preset, wanted = plan(method, domain, run.config.get("preset"), pretrained, argv[1:], f"urlfast transfer {argv[0]}")
+    config = TrainConfig(**{field.name: getattr(wanted, field.name) for field in fields(TrainConfig)})
+    rule, variant = wanted.rule, VARIANTS.get(wanted.rule)
 
     checkpoint = read_latest(run.folder) if wanted.checkpoint == "latest" else read_at(run.folder, wanted.checkpoint)
     follows = variant is not None and config.method.follows
@@ -100,7 +89,11 @@ def run_transfer(argv: list[str]) -> int:
             parts, table = with_policy(parts, run.config, follows), variant.table(parts) | {"pretrained": FREEZE}
         else:
             table = METHODS[method].TRANSFER[rule]
-    check_fits(domain, pretrained.env, config.env, table, follows, "frozen-torso" if variant else "random-head")
+    keeps_actions = follows or any(table.get(part, RESET) != RESET for part in LEARNED)
+    instead = f"use --rule {'frozen-torso' if variant else 'random-head'}"
+    instead += ", or pre-train with --env.full-action-set" if domain == "atari" else ""
+    with refusals(), closing(DOMAINS[domain](config.env, num_envs=1)) as env:
+        check_fits(domain, pretrained.env, config.env, env, instead if keeps_actions else "")
     print(f"from {run.folder}, {method} at step {checkpoint.step:,}, rule {rule}:")
     for part in parts:
         print(f"  {part:20} {WORDS[table.get(part, RESET)] if part in METHODS[task].parts else 'not used'}", flush=True)
@@ -120,6 +113,36 @@ def run_transfer(argv: list[str]) -> int:
     )
 
 
+def plan(method: str, domain: str, preset: str | None, pretrained: TrainConfig, argv: list[str], prog: str) -> tuple:
+    """(method, preset, TransferConfig) of what learns a task after such a run by the options `argv`; its environment plays the task.
+
+    Raises UsageError for options that do not fit that run.
+    """
+    known, argv = rules(method, domain, pretrained), list(argv)
+    if not known:
+        raise UsageError(f"from a run of {method} on {domain} no rule leads on")
+    rule, chosen = take(argv, "--rule") or known[0], take(argv, "--preset")
+    if rule not in known:
+        raise UsageError(f"--rule: {unknown(rule, method, domain, known)}")
+    variant = VARIANTS.get(rule)
+    task = "cpt-task" if variant else "aps-task" if method == "aps" else TASK[type(pretrained.method.learner)]
+    presets = PRESETS[task, domain]
+    if chosen is None:
+        same = preset if not variant or isinstance(pretrained.method.learner, R2D2Config) else None
+        chosen = same if same in presets else next(iter(presets))
+    if chosen not in presets:
+        raise UsageError(f"--preset: unknown {chosen!r}{nearest(chosen, presets)}")
+    default = inherited(presets[chosen], domain, pretrained, variant)
+    default = replace(default, seed=pretrained.seed, runs=pretrained.runs)
+    options = {field.name: getattr(default, field.name) for field in fields(TrainConfig)}
+    says = [f"  {name:18}{SAYS.get(name, '')}" for name in known]
+    description = "\n".join(["Learns a task with what a run has pre-trained. --rule:", *says])
+    with usage():
+        wanted = tyro.cli(TransferConfig, default=TransferConfig(**options, rule=rule), args=argv, prog=prog, description=description)
+    with refusals():
+        return task, chosen, replace(wanted, env=wanted.env.playing(wanted.task)) if wanted.task else wanted
+
+
 def inherited(default: TrainConfig, domain: str, pretrained: TrainConfig, variant) -> TrainConfig:
     """A preset of the task, on the networks and in the world of the pre-trained run."""
     env = replace(pretrained.env, num_envs=default.env.num_envs)
@@ -136,29 +159,6 @@ def with_policy(parts: dict[str, dict], config: dict, follows: bool) -> dict[str
     equal = {f"{name}_target": parts[name] for name in ("encoder", "q") if name in parts}
     made_by = {name: config[name] for name in ("method", "domain", "preset", "config") if name in config}
     return parts | equal | ({"pretrained": {"run": made_by, "parts": parts}} if follows else {})
-
-
-def check_fits(domain: str, before, after, table: dict, follows: bool = False, rule: str = "random-head") -> None:
-    """Raises UserError where what is loaded was made for another domain of DMControl, for other observations, or for other actions.
-
-    follows: the pre-trained policy acts. rule: one that carries no actions over.
-    """
-    worlds = []
-    for config in (before, after):
-        with refusals(), closing(DOMAINS[domain](config, num_envs=1)) as env:
-            worlds.append((env.observation_shape, env.actions))
-    (shape, actions), (other_shape, other_actions) = worlds
-    if domain == "dmc" and domain_of(before.name) != domain_of(after.name):  # whose shapes may agree, as those of all pictures do
-        raise UserError(
-            f"{after.name} is no task of {domain_of(before.name)}, which the run knows: a transfer stays among the tasks of one domain"
-        )
-    if shape != other_shape:
-        raise UserError(
-            f"{after.name} shows observations of shape {other_shape}, the run's {before.name} {shape}: a transfer keeps what an agent sees"
-        )
-    if actions != other_actions and (follows or any(table.get(part, RESET) != RESET for part in LEARNED)):
-        hint = ", or pre-train with --env.full-action-set" if domain == "atari" else ""
-        raise UserError(f"{after.name} has {other_actions} actions, the run's {before.name} {actions}: use --rule {rule}{hint}")
 
 
 WORDS = {LOAD: "loaded", FREEZE: "loaded and frozen", RESET: "begins anew"}
