@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from collections import Counter
 from types import SimpleNamespace
 
@@ -12,7 +15,7 @@ import toy_run
 from urlfast import evaluate
 from urlfast.envs import Episodes
 from urlfast.evaluate import PLACE, EvaluateConfig, count_at, fingerprints, play, thinned, uniform, visits
-from urlfast.run import Run, UserError
+from urlfast.run import Run, UsageError, UserError
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +68,16 @@ def test_episodes_that_do_not_divide_are_shared_out():
 def test_playing_on_for_coverage_adds_no_episodes():
     played = play(Lengths(3), still, 3, seed=0, frames=1000)
     assert len(played.returns) == 3 and 1000 <= played.frames <= 1012
+
+
+@pytest.mark.parametrize("frames", [0, 1000])
+def test_progress_counts_episodes_and_what_is_played_on_for_coverage(frames):
+    ticks, lines = [], []
+    progress = SimpleNamespace(tick=ticks.append, log=lines.append)
+    played = play(Lengths(3), still, 3, seed=0, frames=frames, progress=progress)
+    assert [line["step"] for line in lines] == [1, 2, 3] and sorted(ticks) == ticks and ticks[-1] == 3
+    assert [line["score"] for line in lines] == ([2.0, 2.5, 3.0] if not frames else [3.0] * 3)
+    assert ticks.count(3) == 1 and played.frames >= frames  # at the very end, and never before
 
 
 def test_only_the_first_episode_of_the_first_environment_is_watched():
@@ -142,6 +155,7 @@ def test_results(run, capsys):
     assert protocol.items() <= agent["protocol"].items() and random["protocol"] == agent["protocol"] | {"epsilon": 1.0}
     assert agent["versions"]["urlfast"] and agent["hardware"]
     assert "15.0" in out and "101.1 %" in out
+    assert "agent: episode 40 of 40 (100.0%)" in out and "random: episode 40 of 40 (100.0%)" in out
 
     import av
 
@@ -227,8 +241,50 @@ def test_physical_states_are_drawn_evenly():
     assert len(evaluate.sampled(states[:3])) == 6
 
 
+def left_by(run):
+    """Names in the run's folder that an evaluation makes, hidden ones too."""
+    return sorted(path.name for path in (*run.folder.glob("videos/*"), *run.folder.glob("*results*")))
+
+
+def test_a_stopped_evaluation_leaves_nothing_and_says_so(run, monkeypatch, capsys):
+    monkeypatch.setenv("TOY_SIGNAL", "15:SIGINT")  # eleven steps are the agent's two episodes, in four environments each
+    with pytest.raises(SystemExit) as exit:
+        evaluate.main([str(run.folder), "--episodes", "8", "--num-envs", "4"])
+    assert exit.value.code == 130
+    said = capsys.readouterr()
+    assert "agent: episode 8 of 8" in said.out and said.err.startswith("\nstopped: this evaluation leaves nothing, and those ")
+    assert left_by(run) == []
+
+
+def test_checkpoints_that_were_evaluated_before_one_is_stopped_stay(run, monkeypatch):
+    greedy = evaluate.greedy
+
+    def stopped(method, *others):
+        if method.rows:  # as that of every checkpoint but the first has
+            raise KeyboardInterrupt
+        return greedy(method, *others)
+
+    monkeypatch.setattr(evaluate, "greedy", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.evaluate(EvaluateConfig((str(run.folder),), episodes=2, num_envs=2, checkpoint="all"))
+    assert left_by(run) == ["results.json", "step-000000000.mp4"]
+    assert {entry["step"] for entry in json.loads((run.folder / "results.json").read_text())["evaluations"]} == {0}
+
+
+def test_what_a_killed_evaluation_leaves_is_hidden_and_goes_with_the_next(tmp_path):
+    run = toy_run.new(tmp_path, "--steps", "40", "--env.length", "200")  # more frames than the encoder holds back
+    command = [sys.executable, "-c", "import toy_run; from urlfast import evaluate; evaluate.main()", str(run.folder)]
+    options, variables = ["--episodes", "4", "--num-envs", "4"], toy_run.environment(TOY_SIGNAL="205:SIGKILL")
+    killed = subprocess.run([*command, *options], env=variables, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert left_by(run) == [".step-000000040.mp4"]
+    (run.folder / ".results.json.1").write_text("{")  # of one that was killed while it wrote
+    evaluate.evaluate(EvaluateConfig((str(run.folder),), episodes=2, num_envs=2, video=False))
+    assert left_by(run) == ["results.json"]
+
+
 def test_an_unknown_checkpoint_lists_those_there_are(run):
-    with pytest.raises(UserError, match="none of step 41, did you mean '40'"):
+    with pytest.raises(UsageError, match="none of step 41, did you mean '40'"):
         evaluate.evaluate(EvaluateConfig((run.folder.as_posix(),), checkpoint="41"))
 
 

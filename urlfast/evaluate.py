@@ -27,10 +27,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import closing, nullcontext
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -41,11 +42,11 @@ import tyro
 
 from urlfast import knn, stats, tables
 from urlfast.checkpoint import Checkpoint, Refused, checkpoints, read, read_at, read_latest, step_of
-from urlfast.envs.dmc_tasks import domain_of, is_sparse
+from urlfast.envs.dmc_tasks import is_sparse
 from urlfast.envs.rendering import NoRenderer
 from urlfast.info import hardware
-from urlfast.run import Run, UsageError, UserError, command, read_json, versions, write_json
-from urlfast.train import DOMAINS, load, make_method, refusals
+from urlfast.run import Progress, Run, UsageError, UserError, command, read_json, versions, write_json
+from urlfast.train import DOMAINS, check_fits, load, make_method, refusals
 
 VIDEO_SECONDS = 120
 PHYSICS = 256  # physical states that results.json keeps of each policy
@@ -111,17 +112,18 @@ def play(
     frames: int = 0,
     place: dict[str, tuple[int, int]] | None = None,
     watch: Callable | None = None,
+    progress: Progress | None = None,
 ) -> Played:
     """Plays `episodes`, a fixed share in each environment, and then on, for coverage alone, until `frames` frames were played.
 
     policy: Step -> actions. place: as PLACE has them, the RAM's bytes that tell places apart.
-    watch: called before each action of the first episode of environment 0.
+    watch: called before each action of the first episode of environment 0. progress: told of episodes, each worth its share of `frames`.
     """
     began, played, seen, places, rooms, place = time.monotonic(), Played(), set(), set(), set(), place or {}
     columns, widths = ([part[i] for part in place.values()] for i in (0, 1))
     room = [i for i, name in enumerate(place) if name in ("level", "room")]
     share = episodes // env.num_envs + (np.arange(env.num_envs) < episodes % env.num_envs)
-    finished = np.zeros(env.num_envs, np.int64)
+    finished, told = np.zeros(env.num_envs, np.int64), 0
     step = env.reset(seed)
     while True:
         counted = finished < share
@@ -153,6 +155,13 @@ def play(
         played.lengths += after.length[over].tolist()
         finished += over
         step = after
+        if progress:
+            done = min(len(played.returns), episodes * played.frames // frames if frames else episodes)
+            progress.tick(done)
+            if done > told:
+                rate = done / (time.monotonic() - began)
+                progress.log({"step": done, "steps_per_second": rate, "score": float(np.mean(played.returns))})
+                told = done
     played.seconds = time.monotonic() - began
     return played
 
@@ -223,7 +232,6 @@ class Video:
 
     def __enter__(self):
         self.path.parent.mkdir(exist_ok=True)
-        self._temporary.unlink(missing_ok=True)
         self._container = av.open(str(self._temporary), "w", format="mp4")
         self._stream = self._container.add_stream("libx264", rate=self.fps, options={"crf": "20"})
         self._stream.pix_fmt = "yuv420p"
@@ -290,11 +298,14 @@ def evaluate(options: EvaluateConfig) -> None:
     scores: dict[str, dict[str, dict[str, list[float]]]] = {}  # unit, method, task: of the last checkpoint of each run
     for run in runs:
         with run.locked(".evaluate.lock"):  # a run may be evaluated while it trains, but by one process at a time
+            for left in (*run.folder.glob("videos/.*.mp4"), *run.folder.glob(".results.json.*")):  # by one that was killed
+                left.unlink()
             steps = [options.checkpoint]
             if options.checkpoint == "all":
                 steps = [str(step_of(checkpoint)) for checkpoint in reversed(checkpoints(run.folder))] or ["latest"]
             for step in steps:
-                agent = measure(run, options, step)
+                with whole() as videos:
+                    agent = measure(run, options, step, videos)
             for unit in tables.UNITS:
                 if agent[f"{unit}_normalised"] is not None:
                     of = scores.setdefault(unit, {}).setdefault(kind(run.config), {})
@@ -313,24 +324,33 @@ def kind(saved: dict) -> str:
     return f"{saved['method']} after {source['method']}, {source['rule']}" if source else saved["method"]
 
 
-def measure(run: Run, options: EvaluateConfig, step: str) -> dict:
+@contextmanager
+def whole():
+    """The videos of one evaluation, which appear when its results are written; where it is stopped there is neither, and that is said."""
+    try:
+        with ExitStack() as videos:
+            yield videos
+    except KeyboardInterrupt:
+        print("\nstopped: this evaluation leaves nothing, and those that ended before it stay", file=sys.stderr, flush=True)
+        raise
+
+
+def measure(run: Run, options: EvaluateConfig, step: str, videos: ExitStack) -> dict:
     """Plays one checkpoint, writes what came of it, and returns the agent's entry."""
     saved = run.config
     method, domain, config = load(saved)
     checkpoint = read_latest(run.folder) if step == "latest" else read_at(run.folder, step)
-    own = config.env.name
+    trained, own = config.env, config.env.name
     if options.task:
         with refusals():
-            config = replace(config, env=config.env.playing(options.task))
-        if domain == "dmc" and domain_of(own) != domain_of(config.env.name):
-            raise UserError(f"--task: {run.folder} knows {domain_of(own)}, which {config.env.name} is no task of")
+            config = replace(config, env=trained.playing(options.task))
     game, episodes = config.env.name, options.episodes or EPISODES.get(domain, 10)
-    if game != own:
-        check_actions(domain, load(saved)[2].env, config.env)
     place = PLACE.get(game, {})
     with refusals():
         env = DOMAINS[domain](config.env, num_envs=min(options.num_envs, episodes), evaluation=True, seed=options.seed)
     with closing(env):
+        if game != own:
+            check_fits(domain, trained, config.env, env, "its policy cannot act there")
         agent = make_method(method, replace(config, device=options.device), env)
         with checkpoint.fitting():
             agent.load_state_dict(checkpoint.state["method"])
@@ -344,15 +364,15 @@ def measure(run: Run, options: EvaluateConfig, step: str) -> dict:
         by_chance = uniform(env.actions, np.random.default_rng([options.seed, 1]))  # the same beside every agent
         films = options.video and draws(env, options.seed)
         film = f"step-{checkpoint.step:09d}" + (f"-{re.sub(r'[^A-Za-z0-9.-]+', '_', game)}" if game != own else "")
-        with Video(run.folder / "videos" / f"{film}.mp4", env.fps) if films else nullcontext() as video:
-            mine = play(env, policy, episodes, options.seed, place=place, watch=video and video.watch)
-        theirs = play(env, by_chance, episodes, options.seed, place=place, frames=mine.frames)
+        video = videos.enter_context(Video(run.folder / "videos" / f"{film}.mp4", env.fps)) if films else None
+        with Progress(episodes, of="agent: episode") as progress:
+            mine = play(env, policy, episodes, options.seed, place=place, watch=video and video.watch, progress=progress)
+        with Progress(episodes, of="random: episode") as progress:
+            theirs = play(env, by_chance, episodes, options.seed, place=place, frames=mine.frames, progress=progress)
     if method == "aps" and films and not options.skill:
         grid = min(2 * agent.skills.dim, 9)
-        with (
-            closing(DOMAINS[domain](config.env, num_envs=grid, evaluation=True, seed=options.seed)) as worlds,
-            Video(run.folder / "videos" / f"skills-{checkpoint.step:09d}.mp4", worlds.fps) as video_of_skills,
-        ):
+        with closing(DOMAINS[domain](config.env, num_envs=grid, evaluation=True, seed=options.seed)) as worlds:
+            video_of_skills = videos.enter_context(Video(run.folder / "videos" / f"skills-{checkpoint.step:09d}.mp4", worlds.fps))
             watch_skills(agent, worlds, video_of_skills, options.seed)
         print(video_of_skills.path)
     equal = min(mine.frames, theirs.frames)
@@ -399,16 +419,6 @@ def measure(run: Run, options: EvaluateConfig, step: str) -> dict:
     print(table(entries))
     print(f"{run.folder}/results.json" + (f", {video.path}" if video else ""), flush=True)
     return entries[0]
-
-
-def check_actions(domain: str, own, other) -> None:
-    """Raises UserError where a policy of one environment cannot act in the other."""
-    found = []
-    for config in (own, other):
-        with refusals(), closing(DOMAINS[domain](config, num_envs=1)) as env:
-            found.append(env.actions)
-    if found[0] != found[1]:
-        raise UserError(f"--task: {other.name} has {found[1]} actions, and the run's {own.name} {found[0]}: its policy cannot act there")
 
 
 def observations(checkpoint: Checkpoint, most: int = 5_000) -> np.ndarray | None:
