@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 
 import numpy as np
 import pytest
@@ -59,11 +60,12 @@ def test_aggregates_are_those_of_stats_with_intervals_from_three_runs_on():
 def test_a_papers_own_column_has_no_difference_from_itself():
     games = {game: [score] for game, score in papers.SCORES["apt"][1].items()}
     rows = compare.beside_paper({"APT": ("apt", games)}).rows
-    assert len(rows) == 26 + 2 and all(row[5] in ("+0.0", "−0.0") for row in rows)
-    assert rows[-2][3:5] == ("47.5", "47.5") and rows[-1][3:5] == ("66.6", "66.6")
+    assert len(rows) == 26 + 2 and all(str(row[5]) in ("+0.0", "−0.0") for row in rows)
+    assert [[str(cell) for cell in row[3:5]] for row in rows[-2:]] == [["47.5", "47.5"], ["66.6", "66.6"]]
     normalised = {game: [float(stats.human_normalised_score(game, score[0]))] for game, score in games.items()}
     rows = compare.beside_aggregates({"APT": normalised, "my own": normalised}).rows
-    assert [row[:5] for row in rows] == [("APT", "median", 26, "47.5", "47.5"), ("APT", "mean", 26, "66.6", "69.5")]
+    assert [row[:3] for row in rows] == [("APT", "median", 26), ("APT", "mean", 26)]
+    assert [[str(cell) for cell in row[3:5]] for row in rows] == [["47.5", "47.5"], ["66.6", "69.5"]]
     assert compare.beside_paper({"APT": ("apt", {"venture": [1.0]})}) is None and compare.beside_aggregates({"x": normalised}) is None
     assert all(set(printed) <= set(stats.ATARI_26) for _, printed in papers.SCORES.values())
 
@@ -140,6 +142,19 @@ def test_a_sweep_of_many_runs_is_one_page_with_its_tables_beside_it(tmp_path, mo
     assert files == {"report.html", "sweep.json", *(f"report-{name}.{kind}" for name in names for kind in ("csv", "tex"))}
     downloads = {value for tag, name, value in page.attributes if tag == "a" and name == "download"}
     assert downloads == {f"{name}.{kind}" for name in names for kind in ("csv", "tex")}
+    for path in folder.glob("*.csv"):
+        head, *rows = csv.reader(path.open())
+        for name, *cells in zip(head, *rows, strict=True):
+            texts = [cell for cell in cells if re.search("[%−\u00a0]", cell)]
+            assert not texts, (path.name, name, texts)
+            if name.endswith(("%", "low", "high")) or name in ("runs", "games", "IQM of scores", "here", "paper", "difference"):
+                assert [float(cell) for cell in cells if cell], (path.name, name)
+    rows = list(csv.DictReader((folder / "report-beside-paper.csv").open()))
+    game = next(row for row in rows if row["game"] == "qbert")
+    assert game["paper"] == "17671.2" and float(game["difference"]) == pytest.approx(float(game["here"]) - 17671.2)
+    assert any(float(row["difference"]) < 0 for row in rows)
+    rows = list(csv.DictReader((folder / "report-scores.csv").open()))
+    assert float(rows[0]["human-normalised, %"]) == pytest.approx(120)
     rows = list(csv.DictReader((folder / "report-human-normalised.csv").open()))
     assert float(rows[0]["IQM"]) == pytest.approx(1.2) and float(rows[0]["IQM, low"]) <= 1.2
     with pytest.raises(UserError, match="no run of this sweep has begun"):

@@ -447,6 +447,18 @@ def test_last_evaluation_counts_not_the_best(tmp_path, particles):
     assert "the policy scores 9,000" not in words and "Score over training" in words
 
 
+def test_a_number_that_rests_on_one_episode_says_so(tmp_path, particles):
+    runs = [make_run(tmp_path / name, filmed=False, seed=seed) for name, seed in (("one", 1), ("many", 2))]
+    results = json.loads((runs[0] / "results.json").read_text())
+    results["evaluations"][0]["returns"], results["evaluations"][0]["lengths"] = [420.0], [600]
+    (runs[0] / "results.json").write_text(json.dumps(results))
+    one, many, both = (Page(report.report(chosen, tmp_path / "out.html")).words() for chosen in (runs[:1], runs[1:], runs))
+    assert "the policy scores 420 (in a single episode) where random play scores" in one
+    assert one.count("(in a single episode)") == 3  # the sentence, the score's tile, the coverage's
+    assert "single episode" not in many
+    assert both.count("1 run of 2 played a single episode.") == 2 and "420 (in a single episode)" in both
+
+
 def test_a_large_video_is_left_beside_the_page(tmp_path, particles, monkeypatch):
     monkeypatch.setattr(report, "VIDEO_LIMIT", 100)
     page = Page(report.report([make_run(tmp_path / "run")])).check_alone()
@@ -578,7 +590,7 @@ def test_command_line(tmp_path, particles, capsys, monkeypatch):
     for arguments, message in ((["two"], "no run 'two'"), (["one", "--out", "none/x.html"], "--out: none is no folder"), ([], "RUN: name")):
         with pytest.raises(SystemExit) as exit_:
             report.main(arguments)
-        assert exit_.value.code and message in capsys.readouterr().err
+        assert exit_.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_png_is_what_was_given():

@@ -147,15 +147,15 @@ def beside_paper(groups: dict[str, tuple[str, dict[str, list[float]]]]) -> Table
         shared = [game for game in games if game in printed]
         for game in shared:
             mine = games[game]
-            at = Number(float(np.mean(mine)), _between(mine), _plain)
-            rows.append((group, game, len(mine), at, _plain(printed[game]), _signed(at.value - printed[game]), source))
+            here = float(np.mean(mine))
+            rows.append((group, game, len(mine), *_beside(here, printed[game], _between(mine)), source))
         if len(shared) > 1:
             ours = np.array([[float(np.mean(stats.human_normalised_score(game, games[game]))) for game in shared]])
             theirs = np.array([[float(stats.human_normalised_score(game, printed[game])) for game in shared]])
             for name, statistic in (("median", stats.median), ("mean", stats.mean)):
                 a, b = 100 * float(statistic(ours)), 100 * float(statistic(theirs))
-                text = f"{name} of these {len(shared)}, human-normalised, %"
-                rows.append((group, text, "", _plain(a), _plain(b), _signed(a - b), "recomputed from its scores"))
+                text = f"{name} of these {len(shared)}, human-normalised, percent"
+                rows.append((group, text, "", *_beside(a, b), "recomputed from its scores"))
     if not rows:
         return None
     head = ("method", "game", "runs", "here", "paper", "difference", "source")
@@ -172,11 +172,11 @@ def beside_aggregates(groups: dict[str, dict[str, list[float]]]) -> Table | None
         x = np.array([[float(np.mean(games[game])) for game in games]])
         for name, statistic, theirs in (("median", stats.median, printed[0]), ("mean", stats.mean, printed[1])):
             ours = 100 * float(statistic(x))
-            rows.append((group, name, len(games), _plain(ours), _plain(theirs), _signed(ours - theirs), source))
+            rows.append((group, name, len(games), *_beside(ours, theirs), source))
     if not rows:
         return None
-    note = "Human-normalised, percent. The papers' are as printed, over 26 games after 100,000 interactions."
-    head = ("method", "over games", "games", "here", "paper", "difference", "source")
+    note = "Human-normalised. The papers' are as printed, over 26 games after 100,000 interactions."
+    head = ("method", "over games", "games", "here, %", "paper, %", "difference, %", "source")
     return Table("beside-aggregates", "Beside the paper's aggregates", head, rows, note, 2)
 
 
@@ -187,9 +187,14 @@ def _between(values: list[float]) -> tuple[float, float] | None:
     return float(low), float(high)
 
 
-def _plain(value: float) -> str:
+def _beside(here: float, paper: float, between: tuple[float, float] | None = None) -> tuple[Number, Number, Number]:
+    """Ours, theirs, and by how much ours is larger."""
+    return Number(here, between, plain), Number(paper, None, plain), Number(here - paper, None, signed)
+
+
+def plain(value: float) -> str:
     return f"{value:,.1f}".replace("-", "−")
 
 
-def _signed(value: float) -> str:
+def signed(value: float) -> str:
     return f"{value:+,.1f}".replace("-", "−")

@@ -29,7 +29,19 @@ import tyro
 from urlfast import __version__, compare, papers, stats
 from urlfast.envs.dmc_tasks import domain_of
 from urlfast.figures import Chart, data_url, extent, png, short, smooth, thin
-from urlfast.run import Run, UserError, command, human_bytes, human_time, open_plain, read_json, read_metrics, replacing, runs_of
+from urlfast.run import (
+    Run,
+    UsageError,
+    UserError,
+    command,
+    human_bytes,
+    human_time,
+    open_plain,
+    read_json,
+    read_metrics,
+    replacing,
+    runs_of,
+)
 from urlfast.tables import UNITS, Number, Table, over_tasks
 
 LEARNERS = {  # on the environment's own reward
@@ -335,6 +347,17 @@ def interval(returns) -> tuple[float, float] | None:
     return stats.bootstrap_interval(stats.mean, np.reshape(returns, (-1, 1)), repeats=5000) if len(returns) >= 3 else None
 
 
+def alone(evaluation: dict) -> str:
+    """What stands behind a headline's number where it rests on one episode, which says little."""
+    return " (in a single episode)" if len(evaluation["returns"]) == 1 else ""
+
+
+def single_episodes(stories: list[Story]) -> str:
+    """The same of runs that are compared."""
+    count = sum(bool(agent and alone(agent)) for agent in (story.evaluation("agent") for story in stories))
+    return f" {_count(count, 'run')} of {len(stories)} played a single episode." if count else ""
+
+
 def coverage_at_equal_frames(agent: dict, random: dict | None) -> tuple[float, float | None, float] | None:
     """(agent's unique places or states, random's, frames): both at the frames that the shorter curve reaches; as counted, where it was."""
     mine, theirs = _coverage(agent), _coverage(random)
@@ -385,9 +408,9 @@ def lead(story: Story) -> str:
     agent, random = story.evaluation("agent"), story.evaluation("random")
     if agent is None:
         return text + ", not evaluated yet."
-    text += f", the policy scores {number(np.mean(agent['returns']))}"
+    text += f", the policy scores {number(np.mean(agent['returns']))}{alone(agent)}"
     if random:
-        text += f" where random play scores {number(np.mean(random['returns']))}"
+        text += f" where random play scores {number(np.mean(random['returns']))}{alone(random)}"
     covered = coverage_at_equal_frames(agent, random)
     if covered and covered[1]:
         text += f", and sees {number(covered[0])} distinct {covers(agent)} where random play sees {number(covered[1])} in the same time"
@@ -460,20 +483,21 @@ def tiles(story: Story) -> str:
             tile(
                 "Score",
                 number(np.mean(agent["returns"])),
-                note + "".join(f"; {says} {percent(v)}" for says, v in relative(story, np.mean(agent["returns"]))),
+                note + "".join(f"; {says} {percent(v)}" for says, v in relative(story, np.mean(agent["returns"]))) + alone(agent),
             )
         )
         if agent.get("success") is not None:
-            out.append(tile("Episodes with reward", percent(agent["success"], 0), "share of the evaluation's, on a sparse task"))
+            note = "share of the evaluation's, on a sparse task" + alone(agent)
+            out.append(tile("Episodes with reward", percent(agent["success"], 0), note))
         if has_entropy(agent, random):
             note = f"random play {number(random['state_entropy'])}; mean log distance of a physical state to its 12 nearest"
-            out.append(tile("State entropy", number(agent["state_entropy"]), note))
+            out.append(tile("State entropy", number(agent["state_entropy"]), note + alone(agent)))
         covered = coverage_at_equal_frames(agent, random)
         if covered and covered[1]:
-            note = f"{number(covered[0])} against {number(covered[1])}, each in {short(covered[2])} frames"
+            note = f"{number(covered[0])} against {number(covered[1])}, each in {short(covered[2])} frames" + alone(agent)
             out.append(tile(f"Unique {covers(agent)}, against random", f"{covered[0] / covered[1]:.2f}×", note))
         elif covered:
-            out.append(tile(f"Unique {covers(agent)}", number(covered[0]), f"in {short(covered[2])} frames"))
+            out.append(tile(f"Unique {covers(agent)}", number(covered[0]), f"in {short(covered[2])} frames" + alone(agent)))
     accuracy = trend(story, "contrastive_accuracy")  # not the intrinsic reward, whose unit moves with the encoder
     if accuracy:
         note = f"of the encoder in the last tenth of the run; {percent(accuracy[0], 0)} in the first"
@@ -1051,16 +1075,17 @@ def aggregates(stories: list[Story], styles: dict[str, str]) -> tuple[str, list[
     rows = []
     for game, group, at, values in found:
         relative = [of[game].normalised(unit, at.value) for unit in units]
-        rows.append((game, group, len(values), at, *(None if value is None else percent(value) for value in relative)))
+        rows.append((game, group, len(values), at, *(None if v is None else Number(100 * v, show=compare.plain) for v in relative)))
     head = (
         "game",
         "method",
         "runs",
         "IQM of scores",
-        *({"human": "human-normalised", "expert": "of URLB's expert"}[unit] for unit in units),
+        *(f"{says}, %" for says, unit in RELATIVE.items() if unit in units),
     )
     note = "Interquartile mean over runs of the mean evaluation score. In brackets: 95 % interval, bootstrap over runs"
     note += "; none is shown below three runs, which say nothing about spread." if any(len(v) < 3 for *_, v in found) else "."
+    note += single_episodes(stories)
     tables = [Table("scores", "Score on each task", head, rows, note, numeric_from=2)]
     out = shown(tables[0])
     if len({game for game, *_ in found}) == 1 and len(found) > 1:
@@ -1205,7 +1230,7 @@ def several(stories: list[Story]) -> tuple[str, list[Table]]:
                 story.game,
                 story.seed,
                 number(story.last("step")),
-                number(np.mean(agent["returns"])) if agent else "not evaluated",
+                number(np.mean(agent["returns"])) + alone(agent) if agent else "not evaluated",
                 number(np.mean(random["returns"])) if random else "",
                 *(percent(shares[says]) if says in shares else None for says in RELATIVE),
                 f"{covered[0] / covered[1]:.2f}×" if covered and covered[1] else None,
@@ -1214,7 +1239,7 @@ def several(stories: list[Story]) -> tuple[str, list[Table]]:
         )
     means = [f"{group} {at}" for _, group, at, _ in game_scores(stories)]
     if len(games) == 1 and means:
-        text = f"Interquartile mean of the evaluation scores: {', '.join(means)}."
+        text = f"Interquartile mean of the evaluation scores: {', '.join(means)}.{single_episodes(stories)}"
     else:
         text = f"{', '.join(groups)}, side by side."
     head = ("run", "method", worlds(stories), "seed", "steps", "score", "random", *RELATIVE, "coverage, against random", "state entropy")
@@ -1303,7 +1328,7 @@ def page(stories: list[Story]) -> tuple[str, list[Table]]:
 def report(runs: Sequence[str | Path], out: str | Path | None = None) -> Path:
     """Writes the page of one run or several and returns its path: `out`, else RUN/report.html for one run and ./report.html for several."""
     if not runs:
-        raise UserError("RUN: name at least one run's folder")
+        raise UsageError("RUN: name at least one run's folder")
     stories = read_all(runs)
     path = Path(out) if out is not None else stories[0].folder / "report.html" if len(stories) == 1 else Path("report.html")
     content, tables = page(stories)
@@ -1311,12 +1336,14 @@ def report(runs: Sequence[str | Path], out: str | Path | None = None) -> Path:
     files |= {path.with_name(f"{path.stem}-{made.name}.tex"): made.latex() for made in tables}
     try:
         if path.exists() and not path.is_file():
-            raise UserError(f"--out: {path} is not a file")
+            raise UsageError(f"--out: {path} is not a file")
         for name, text in files.items():
             with replacing(name) as file:
                 file.write(text.encode("utf-8", "backslashreplace").decode())
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}" if path.parent.is_dir() else f"--out: {path.parent} is no folder") from None
+        if not path.parent.is_dir():
+            raise UsageError(f"--out: {path.parent} is no folder") from None
+        raise UserError(f"{path}: {error.strerror}") from None
     return path
 
 

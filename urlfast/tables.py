@@ -52,8 +52,8 @@ class Table:
         return "\n".join([f"{self.title}:", *aligned, *([self.note] if self.note else [])])
 
     def csv(self) -> str:
-        """Every digit; a Number's interval is two columns of its own, empty where there is none."""
-        wide = [any(isinstance(row[i], Number) for row in self.rows) for i in range(len(self.head))]
+        """Every digit of the Numbers; where a column has intervals, they are two columns of their own, empty where there is none."""
+        wide = [any(isinstance(row[i], Number) and row[i].between for row in self.rows) for i in range(len(self.head))]
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
         writer.writerow(
@@ -62,11 +62,9 @@ class Table:
         for row in self.rows:
             cells: list = []
             for cell, w in zip(row, wide, strict=True):
+                cells.append("" if cell is None else cell.value if isinstance(cell, Number) else _harmless(cell))
                 if w:
-                    low, high = (cell.between or ("", "")) if isinstance(cell, Number) else ("", "")
-                    cells += [cell.value if isinstance(cell, Number) else "", low, high]
-                else:
-                    cells.append("" if cell is None else _harmless(cell))
+                    cells += getattr(cell, "between", None) or ("", "")
             writer.writerow(cells)
         return out.getvalue()
 
