@@ -616,6 +616,13 @@ def fresh_probes():
 
 
 @pytest.mark.usefixtures("fresh_probes")
+def test_a_model_is_built_in_silence(capfd):
+    """dm_control's cheetah has an attribute that MuJoCo calls deprecated, of which absl would warn."""
+    with make_dmc(DMCConfig(task="cheetah_run", num_envs=1)) as env:
+        env.reset(0)
+    assert capfd.readouterr() == ("", "")
+
+
 def test_a_missing_renderer_is_one_clear_error_and_states_need_none(monkeypatch):
     pixels = DMCConfig(observation="pixels", num_envs=1)
     monkeypatch.setenv("MUJOCO_GL", "off")

@@ -6,6 +6,7 @@ It holds a few simulations; urlfast.envs.workers says how it talks with its pare
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 from types import SimpleNamespace
 
@@ -20,6 +21,7 @@ from urlfast.envs.dmc_quick import Suite, quick_step, quicken
 from urlfast.envs.dmc_tasks import JACO, TASKS
 
 SUITE = {f"{domain}_{task}".lower(): (domain, task) for domain, task in suite.ALL_TASKS}
+NAMES = [*SUITE, *TASKS, *JACO]
 ATTEMPTS = 10  # at a reset, whose random state may be one that MuJoCo cannot simulate
 DRAWN = 240  # side of the picture that `render` gives
 
@@ -161,8 +163,8 @@ class Worker(workers.Worker):
     def make(self, task: str, seeds: list[int], action_repeat: int, size: int | None, camera: int) -> dict:
         """What the parent has to know of the task; where there is none of that name, the names there are."""
         self.simulations = {}
-        if task not in (names := [*SUITE, *TASKS, *JACO]):
-            return {"names": names}
+        if task not in NAMES:
+            return {"names": NAMES}
         self.simulations = {i: Simulation(task, seeds[i], action_repeat, size, camera) for i in self.environments}
         env = self.simulations[self.environments[0]].env
         spec = env.action_spec()
@@ -214,5 +216,6 @@ class Worker(workers.Worker):
 
 
 if __name__ == "__main__":
+    logging.getLogger("absl").setLevel(logging.ERROR)  # warnings: of its own old models, and of what is then a PhysicsError
     quicken()
     workers.serve(Worker)
