@@ -63,6 +63,7 @@ def journal(tmp_path, monkeypatch):
     )
     monkeypatch.setenv("JOURNAL", str(tmp_path / "journal"))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(sweep, "check", lambda jobs: None)  # who stands in has options of its own
     monkeypatch.setattr(sweep, "write_report", lambda folder: None)
     (tmp_path / "journal").touch()
     return lambda: [json.loads(line) for line in (tmp_path / "journal").read_text().splitlines()]
@@ -152,7 +153,7 @@ def test_a_signal_is_passed_on_and_the_next_call_goes_on(journal, capsys):
 
 
 def test_a_sweep_that_is_killed_leaves_no_child(journal, tmp_path):
-    code = "import sys; from urlfast import sweep; sweep.COMMANDS['train'] = sys.argv[2:]; sweep.main([sys.argv[1]])"
+    code = "import sys; from urlfast import sweep; sweep.COMMANDS['train'], sweep.check = sys.argv[2:], list; sweep.main([sys.argv[1]])"
     name = write(seeds=[1], rows=[{"name": "a", "train": "apt atari --wait"}])
     process = subprocess.Popen([sys.executable, "-c", code, name, *sweep.COMMANDS["train"]], env=toy_run.environment())
     log = tmp_path / "sweeps" / "list" / "a" / "s1" / "log.txt"
@@ -213,6 +214,51 @@ def test_a_list_that_cannot_be_run_says_why(found, says):
     with pytest.raises(UserError) as error:
         jobs_of(found, SweepConfig("x"), Path("f"))
     assert says in str(error.value)
+
+
+@pytest.mark.parametrize("row, says", [
+    ({"train": "drq atari", "tasks": ["hard6", "brakout"]}, "game: no game is called 'brakout'; the nearest are breakout"),
+    ({"train": "drq atari --env.game brakout"}, "game: no game is called 'brakout'; the nearest are breakout"),
+    ({"train": "drq atari", "tasks": ["joust"]}, "ROM of 'joust' for one player"),
+    ({"train": "apt dmc", "tasks": ["hopper_hop", "walker_wlak"]}, "task: no task is called 'walker_wlak'; the nearest are walker_walk"),
+    ({"train": "apt gym", "tasks": ["CartPol-v1"]}, "id: Environment `CartPol` doesn't exist"),
+    ({"train": "apt gym"}, "--env.id: which environment?"),
+    ({"train": "aptt atari"}, "unknown method 'aptt', did you mean 'apt'"),
+    ({"train": "apt atari --preset mini"}, "--preset: unknown 'mini', did you mean 'mini_apt'"),
+    ({"train": "apt atari --batch-size 0"}, "--batch-size: must be at least 2, got 0"),
+    ({"transfer": "", "after": "first", "tasks": ["brakout"]}, "no game is called 'brakout'"),
+    ({"transfer": "--task brakout", "after": "first"}, "no game is called 'brakout'"),
+    ({"transfer": "--rule ctp", "after": "first"}, "--rule: unknown 'ctp', did you mean 'cpt'"),
+    ({"transfer": "", "after": "first", "evaluate": "--task brakout"}, "no game is called 'brakout'"),
+    ({"evaluate": "", "after": "first", "tasks": ["brakout"]}, "no game is called 'brakout'"),
+])  # fmt: skip
+def test_a_typo_in_the_last_row_is_told_before_the_first_run(row, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sweep, "COMMANDS", {name: ["false"] for name in sweep.COMMANDS})
+    name = write(seeds=[1], rows=[{"name": "first", "train": "apt atari"}, {"name": "last", **row}])
+    for options in (SweepConfig(name), SweepConfig(name, dry_run=True)):
+        with pytest.raises(UsageError) as error:
+            sweep.sweep(options)
+        assert str(error.value).startswith("row 'last': ") and says in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("row", [
+    {"train": "apt atari --stepz 5"}, {"transfer": "--stepz 5", "after": "first"}, {"train": "apt atari", "evaluate": "--episods 5"},
+])  # fmt: skip
+def test_options_that_are_none_are_told_before_the_first_run(row, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sweep, "COMMANDS", {name: ["false"] for name in sweep.COMMANDS})
+    name = write(seeds=[1], rows=[{"name": "first", "train": "apt atari"}, {"name": "last", **row}])
+    with pytest.raises(SystemExit) as exit:
+        sweep.sweep(SweepConfig(name))
+    assert exit.value.code == 2 and "(row 'last')" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("name", READY)
+def test_ready_sweeps_name_what_there_is(name):
+    sweep.check(jobs_of(READY[name], SweepConfig(name, seeds=(1,)), Path("f")))
 
 
 def test_files_that_are_none_are_named(journal):

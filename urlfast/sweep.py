@@ -21,8 +21,8 @@ one. An option given twice has the value given last.
         ROW/TASK-s1/ job.json log.txt RUN/      which of a job's commands are done, what they printed, and the run they made
         report.html
 
-In a call each job has one try, and where it fails or is killed the others go on. The next call skips what is finished, resumes what was
-interrupted, and tries anew what failed.
+Options and names are checked before the first command runs. In a call each job has one try, and where it fails or is killed the others
+go on. The next call skips what is finished, resumes what was interrupted, and tries anew what failed.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated
 
@@ -46,6 +47,7 @@ import tyro
 from urlfast.envs.dmc_tasks import domain_of
 from urlfast.run import (
     Run,
+    UsageError,
     UserError,
     check_writable,
     command,
@@ -211,7 +213,7 @@ class Job:
         return [*COMMANDS[name], *([str(self.after.run)] if name == "transfer" else []), *words]
 
     def read(self) -> None:
-        """What of it earlier calls have done. Raises UserError where its run is of another command, with which it would not go on."""
+        """What of it earlier calls have done. Raises UsageError where its run is of another command, with which it would not go on."""
         stages = self.stages()
         try:
             found = read_json(self.folder / "job.json")
@@ -220,7 +222,7 @@ class Job:
             made_by, done = stages[0], []  # it has not begun
         if self.kind != "evaluate" and made_by != stages[0]:
             says = f"was begun by `{shlex.join(made_by)}`, and is now to be `{shlex.join(stages[0])}`"
-            raise UserError(f"{self.folder} {says}: name another --folder, or remove that one")
+            raise UsageError(f"{self.folder} {says}: name another --folder, or remove that one")
         self.done = [stage for stage in done if stage in stages]
         self.state = "done" if self.next() is None else "waits"
 
@@ -279,13 +281,13 @@ def read_list(name: str) -> tuple[str, dict]:
     if name in READY:
         return name, READY[name]
     if path.suffix != ".json" and not path.exists():
-        raise UserError(f"no file {name!r}, and no ready sweep of that name{nearest(name, READY)}")
+        raise UsageError(f"no file {name!r}, and no ready sweep of that name{nearest(name, READY)}")
     try:
         found = read_json(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"{name}: {getattr(error, 'strerror', None) or error}") from None
+        raise UsageError(f"{name}: {getattr(error, 'strerror', None) or error}") from None
     if not isinstance(found, dict):
-        raise UserError(f"{name}: must be an object with rows")
+        raise UsageError(f"{name}: must be an object with rows")
     return slug(path.stem), found
 
 
@@ -295,24 +297,24 @@ def words(value, where: str) -> list[str]:
         try:
             return shlex.split(value)
         except ValueError as error:
-            raise UserError(f"{where}: {error}, got {value!r}") from None
+            raise UsageError(f"{where}: {error}, got {value!r}") from None
     if isinstance(value, list) and all(isinstance(word, str) for word in value):
         return value
-    raise UserError(f"{where}: must be a string, or a list of strings, got {value!r}")
+    raise UsageError(f"{where}: must be a string, or a list of strings, got {value!r}")
 
 
 def jobs_of(found: dict, options: SweepConfig, folder: Path) -> list[Job]:
-    """The list, multiplied out, those that are followed before those that follow. Raises UserError for what a list may not hold."""
+    """The list, multiplied out, those that are followed before those that follow. Raises UsageError for what a list may not hold."""
     check_keys("the list", found, LIST_KEYS)
     rows = found.get("rows")
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) and isinstance(row.get("name"), str) for row in rows):
-        raise UserError("rows: must be a list of objects, each with a name")
+        raise UsageError("rows: must be a list of objects, each with a name")
     names = [row["name"] for row in rows]
     if len({slug(name) for name in names}) < len(names):
-        raise UserError("rows: two names make the same folder; they must differ in letters and digits")
+        raise UsageError("rows: two names make the same folder; they must differ in letters and digits")
     for name in options.rows:
         if name not in names:
-            raise UserError(f"--rows: no row {name!r}{nearest(name, names)}")
+            raise UsageError(f"--rows: no row {name!r}{nearest(name, names)}")
     options = replace(options, tasks=tuple(games_of(options.tasks)))
     jobs: dict[str, list[Job]] = {}
     for row in rows:
@@ -324,7 +326,7 @@ def jobs_of(found: dict, options: SweepConfig, folder: Path) -> list[Job]:
                 needed.add(id(job))
                 job = job.after
     if not needed:
-        raise UserError(f"--tasks: no row has {' or '.join(options.tasks)}")
+        raise UsageError(f"--tasks: no row has {' or '.join(options.tasks)}")
     return [job for of in jobs.values() for job in of if id(job) in needed]
 
 
@@ -335,24 +337,24 @@ def row_jobs(row: dict, found: dict, options: SweepConfig, folder: Path, jobs: d
     check_keys(where, row, ROW_KEYS)
     kind = next((kind for kind in ("train", "transfer", "evaluate") if kind in row), None)
     if kind is None or ("train" in row and "transfer" in row):
-        raise UserError(f"{where}: must have one of train, transfer, evaluate")
+        raise UsageError(f"{where}: must have one of train, transfer, evaluate")
     if kind == "train" and "after" in row:
-        raise UserError(f"{where}: after: a training follows no row")
+        raise UsageError(f"{where}: after: a training follows no row")
     if kind != "train" and row.get("after") not in jobs:
-        raise UserError(f"{where}: after: must name a row above it, got {row.get('after')!r}{nearest(str(row.get('after')), jobs)}")
+        raise UsageError(f"{where}: after: must name a row above it, got {row.get('after')!r}{nearest(str(row.get('after')), jobs)}")
     seeds = options.seeds or row.get("seeds", found.get("seeds", [1, 2, 3]))
     tasks = row.get("tasks", found.get("tasks", []) if kind != "evaluate" else [])
     if not isinstance(seeds, list | tuple) or not all(type(seed) is int and 0 <= seed < 2**63 for seed in seeds):
-        raise UserError(f"{where}: seeds: must be a list of whole numbers, got {seeds!r}")
+        raise UsageError(f"{where}: seeds: must be a list of whole numbers, got {seeds!r}")
     if not isinstance(tasks, list) or not all(isinstance(task, str) and task for task in tasks):
-        raise UserError(f"{where}: tasks: must be a list of names, got {tasks!r}")
+        raise UsageError(f"{where}: tasks: must be a list of names, got {tasks!r}")
     tasks = games_of(tasks)
     evaluation = row.get("evaluate", found.get("evaluate", "")) if kind != "evaluate" else None
     if evaluation is not None:
         evaluation = [*words(evaluation, f"{where}: evaluate"), *words(options.evaluate, "--evaluate")]
     mine = [*words(row[kind], f"{where}: {kind}"), *words(getattr(options, kind), f"--{kind}")]
     if kind == "train" and (len(mine) < 2 or mine[0].startswith("-") or mine[1].startswith("-")):
-        raise UserError(f"{where}: train: must begin with a method and a domain, got {row[kind]!r}")
+        raise UsageError(f"{where}: train: must begin with a method and a domain, got {row[kind]!r}")
     before = jobs.get(row.get("after"), [])
     if kind == "evaluate" and not tasks:  # each run above, on its own task
         places = [(job.task, job.seed, job) for job in before if job.seed in seeds]
@@ -375,7 +377,7 @@ def games_of(tasks: Sequence[str]) -> list[str]:
 def check_keys(where: str, found: dict, known: tuple[str, ...]) -> None:
     for key in found:
         if key not in known:
-            raise UserError(f"{where}: unknown {key!r}{nearest(key, known)}")
+            raise UsageError(f"{where}: unknown {key!r}{nearest(key, known)}")
 
 
 def followed(before: list[Job], where: str, task: str, seed: int) -> Job:
@@ -386,7 +388,44 @@ def followed(before: list[Job], where: str, task: str, seed: int) -> Job:
         if len(found) == 1:
             return found[0]
     has = ", ".join(dict.fromkeys(f"{job.task or 'its own task'} s{job.seed}" for job in before))
-    raise UserError(f"{where}: after: no single run there for {task or 'it'} with seed {seed}: it has {has or 'none'}")
+    raise UsageError(f"{where}: after: no single run there for {task or 'it'} with seed {seed}: it has {has or 'none'}")
+
+
+def check(jobs: list[Job]) -> None:
+    """Before the first command runs: the options of each row, and each name of a game, a task or an environment.
+
+    Raises UsageError, or ends in tyro's words, for what a command would refuse when its turn comes.
+    """
+    from urlfast.envs.dmc import check_task
+    from urlfast.evaluate import EvaluateConfig
+    from urlfast.train import DOMAINS, PRESETS, parse, pick, refusals
+    from urlfast.transfer import plan
+
+    made: dict[str, tuple] = {}  # by each row: method, domain, preset and config
+    seen = set()
+    for row, same in groupby(jobs, lambda job: job.row):
+        first, *others = same
+        words, prog = first.stages()[0][1:], f"urlfast {first.kind} (row {row!r})"
+        try:
+            if first.kind == "train":
+                method, domain, preset = pick(words)
+                made[row] = method, domain, preset, parse(PRESETS[method, domain][preset], words, prog)
+            elif first.kind == "transfer":
+                method, preset, config = plan(*made[first.after.row], words, prog)
+                made[row] = method, first.domain, preset, config
+            else:
+                made[row] = made[first.after.row]
+            evaluation = words if first.kind == "evaluate" else first.evaluation or []
+            evaluated = tyro.cli(EvaluateConfig, args=["RUN", *evaluation], prog=f"urlfast evaluate (row {row!r})").task
+            _, domain, _, config = made[row]
+            with refusals():
+                names = [config.env.name, evaluated, *(job.task for job in others)]
+                for name in names:
+                    if name and (domain, name) not in seen:
+                        seen.add((domain, name))
+                        check_task(name) if domain == "dmc" else DOMAINS[domain](config.env.playing(name), num_envs=1).close()
+        except UserError as error:
+            raise UsageError(f"row {row!r}: {error}") from None
 
 
 # Where commands run --------------------------------------------------------------------------------------------------
@@ -576,6 +615,7 @@ def sweep(options: SweepConfig) -> int:
     name, found = read_list(options.sweep)
     folder = Path(options.folder or Path("sweeps") / name)
     jobs = jobs_of(found, options, folder)
+    check(jobs)
     if options.dry_run:
         for job in jobs:
             for stage in job.stages():

@@ -13,6 +13,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
+import os
+import subprocess
 import sys
 from typing import Literal
 
@@ -70,6 +73,30 @@ def make_dmc(config: DMCConfig, *, num_envs: int | None = None, evaluation: bool
     return DMC(config, seed)
 
 
+# Names ---------------------------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def tasks() -> list[str]:
+    """The names of all tasks. dm_control is asked for its own in another process: its import would decide what this one draws with."""
+    ask = [sys.executable, "-P", "-c", "from urlfast.envs.dmc_worker import NAMES; print(*NAMES)"]
+    path = os.pathsep.join(path or os.getcwd() for path in sys.path)
+    done = subprocess.run(ask, env={**os.environ, **variables(None), "PYTHONPATH": path}, stdout=subprocess.PIPE, text=True, check=True)
+    return done.stdout.split()
+
+
+def check_task(task: str, names: list[str] | None = None) -> None:
+    """Raises ValueError, with the nearest of `names` (None: all there are), where none of them is that of `task`."""
+    name, names = task_id(task), names or tasks()
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=5, cutoff=0.5)
+        hint = f"the nearest are {', '.join(near)}" if near else f"the tasks are {', '.join(names)}"
+        raise ValueError(f"task: no task is called {task!r}; {hint}")
+
+
+# The environments ----------------------------------------------------------------------------------------------------------------
+
+
 class DMC(WorkerEnv):
     """dm_control in `workers` processes, each with its share of the environments; they exchange arrays by shared memory.
 
@@ -97,7 +124,7 @@ class DMC(WorkerEnv):
         spec, *_ = self._all("make", task, self._seeds(seed), self.action_repeat, config.frame_size if pixels else None, camera)
         try:
             if "names" in spec:
-                raise ValueError(f"task: no task is called {config.task!r}; {_nearest(task, spec['names'])}")
+                check_task(config.task, spec["names"])
             if camera >= spec["cameras"]:
                 raise ValueError(f"camera: must lie in 0..{spec['cameras'] - 1}, the cameras of {task}, got {camera}")
         except ValueError:
@@ -161,8 +188,3 @@ def _renderer() -> str:
         return choose()
     except NoRenderer as error:
         raise NoRenderer(f"observation: pixels need a renderer; {error}") from None
-
-
-def _nearest(task: str, names: list[str]) -> str:
-    near = difflib.get_close_matches(task, names, n=5, cutoff=0.5)
-    return f"the nearest are {', '.join(near)}" if near else f"the tasks are {', '.join(names)}"
