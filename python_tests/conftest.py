@@ -1,10 +1,11 @@
-"""What the kernel tests share: devices, instruction sets, and the way of an array there and back.
+"""What tests share: devices, instruction sets, the way of an array there and back; and a Ctrl-C that is heard.
 
 A test body runs on every device by `@pytest.mark.parametrize("device", DEVICES)`, and its file once more under every other
 instruction set where test_isa.py lists it.
 """
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -38,3 +39,11 @@ def rerun_under(isa, *files):
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not arguments and not slow", *map(str, files)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, f"under URLFAST_ISA={isa}:\n{done.stdout[-5000:]}{done.stderr[-2000:]}"
+
+
+@pytest.fixture
+def interruptible():
+    """A process started with SIGINT ignored, as by a shell in the background, would not hear of it, nor would its own."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

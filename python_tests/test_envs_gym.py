@@ -298,14 +298,6 @@ def test_the_command_finds_modules_of_the_current_folder():
     assert subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True).stdout == "2\n"
 
 
-@pytest.fixture
-def interruptible():
-    """A process started with SIGINT ignored, as by a shell in the background, would hand that on to its own."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 def test_ctrl_c_does_not_reach_the_processes(interruptible):
     with make_gym(GymConfig(num_envs=1, backend="processes")) as env:
         env.reset()

@@ -246,7 +246,7 @@ def left_by(run):
     return sorted(path.name for path in (*run.folder.glob("videos/*"), *run.folder.glob("*results*")))
 
 
-def test_a_stopped_evaluation_leaves_nothing_and_says_so(run, monkeypatch, capsys):
+def test_a_stopped_evaluation_leaves_nothing_and_says_so(run, interruptible, monkeypatch, capsys):
     monkeypatch.setenv("TOY_SIGNAL", "15:SIGINT")  # eleven steps are the agent's two episodes, in four environments each
     with pytest.raises(SystemExit) as exit:
         evaluate.main([str(run.folder), "--episodes", "8", "--num-envs", "4"])
