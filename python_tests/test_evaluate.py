@@ -241,6 +241,16 @@ def test_physical_states_are_drawn_evenly():
     assert len(evaluate.sampled(states[:3])) == 6
 
 
+@pytest.mark.parametrize("part, option, value, says", [("env", "game", "qbort", "game: .*qbert"), ("method", "lr", -2.5, "learning rate")])
+def test_a_config_that_nothing_can_be_made_of_is_refused(tmp_path, part, option, value, says):
+    run = toy_run.new(tmp_path, "--steps", "20")
+    saved = json.loads((run.folder / "config.json").read_text())
+    saved["config"][part][option] = value
+    (run.folder / "config.json").write_text(json.dumps(saved))
+    with pytest.raises(UsageError, match=says):
+        evaluate.evaluate(EvaluateConfig((str(run.folder),)))
+
+
 def left_by(run):
     """Names in the run's folder that an evaluation makes, hidden ones too."""
     return sorted(path.name for path in (*run.folder.glob("videos/*"), *run.folder.glob("*results*")))

@@ -340,9 +340,10 @@ def measure(run: Run, options: EvaluateConfig, step: str, videos: ExitStack) -> 
     saved = run.config
     method, domain, config = load(saved)
     checkpoint = read_latest(run.folder) if step == "latest" else read_at(run.folder, step)
-    trained, own = config.env, config.env.name
-    if options.task:
-        with refusals():
+    trained = config.env
+    with refusals():
+        own = trained.name
+        if options.task:
             config = replace(config, env=trained.playing(options.task))
     game, episodes = config.env.name, options.episodes or EPISODES.get(domain, 10)
     place = PLACE.get(game, {})
@@ -351,7 +352,8 @@ def measure(run: Run, options: EvaluateConfig, step: str, videos: ExitStack) -> 
     with closing(env):
         if game != own:
             check_fits(domain, trained, config.env, env, "its policy cannot act there")
-        agent = make_method(method, replace(config, device=options.device), env)
+        with refusals():
+            agent = make_method(method, replace(config, device=options.device), env)
         with checkpoint.fitting():
             agent.load_state_dict(checkpoint.state["method"])
         if options.skill:
