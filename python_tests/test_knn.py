@@ -1,3 +1,5 @@
+import subprocess
+import sys
 import threading
 import time
 
@@ -428,6 +430,31 @@ def test_the_normalizer_is_checked():
         urlfast.knn_reward(Z, 2, normalizer=1.0)
     with pytest.raises(ValueError, match=r"^normalizer: must have shape \(\), got 3 features$"):
         urlfast.knn_reward(Z, 2, normalizer=urlfast.RunningNormalizer("mean", shape=(3,)))
+
+
+MEASURED = """
+import sys
+import numpy as np, urlfast
+
+def peak():  # not getrusage's, which begins with that of the process that started this one
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+
+def matrix(q, k, m):
+    return np.sort(np.sqrt(((q**2).sum(1)[:, None] + (m**2).sum(1) - 2 * q @ m.T).clip(0)), 1)[:, :k]
+
+random = np.random.default_rng(0)
+q, m = random.random((512, 16), np.float32), random.random((100_000, 16), np.float32)
+before = peak()
+{"core": urlfast.knn_reward, "matrix": matrix}[sys.argv[1]](q, 12, m)
+print(peak() - before)
+"""
+
+
+@pytest.mark.parametrize("how, whole", [("core", False), ("matrix", True)])
+def test_no_matrix_of_all_distances_is_made(how, whole):
+    """Peak of a process's memory. Of the formula that makes the matrix it shows."""
+    done = subprocess.run([sys.executable, "-c", MEASURED, how], capture_output=True, text=True, check=True)
+    assert (int(done.stdout) > 512 * 100_000 * 4 / 8) == whole
 
 
 # Episodic memory ------------------------------------------------------------------------------------------------------
