@@ -17,8 +17,8 @@ from urlfast.learners.drq import DrQConfig
 from urlfast.methods.apt import APT, APTConfig, ContrastiveConfig
 from urlfast.nets.encoders import EncoderConfig
 
-STEPS = 8000  # of eight environments together, in episodes of 40: just enough for the farthest cell, and random play stays near
-# Cells of 336: seeds 0 to 3 see 119, 133, 155 and 123; random play sees 56 on average over twelve seeds.
+# Episodes of 40 steps just reach the farthest cell. Of 336 cells seeds 0 to 3 see 119, 133, 155 and 123; random play 56, over twelve seeds.
+WIDE = {"room": 6, "limit": 40, "steps": 8000}
 CONFIG = APTConfig(
     encoder=EncoderConfig(conv=((16, 8, 4), (32, 4, 2)), activation="elu", features=15, spectral_norm=True),
     representation=ContrastiveConfig((64, 64), temperature=0.2),
@@ -34,10 +34,10 @@ CONFIG = APTConfig(
     precision="fp32",  # the same course, nearly, whatever the processor
 )
 
-ABLATIONS = {
-    "random neighbour": replace(CONFIG, reward=replace(CONFIG.reward, neighbours="random")),
-    "fixed encoder": replace(CONFIG, encoder_learns="never"),
-}
+# A policy that learns noise drifts, and in wide rooms drift alone explores (92 and 94 cells with shuffled rewards). In narrow rooms, and
+# with Q at half the rate, it does not: of 156 cells true rewards see 81, 88, 97 and 98, shuffled ones 56, 42, 55 and 28, random play 53.
+NARROW = {"room": 4, "limit": 30, "steps": 10_000}
+SLOW_Q = replace(CONFIG, learner=replace(CONFIG.learner, lr=5e-4))
 
 
 class Shuffled(ParticleReward):
@@ -48,52 +48,56 @@ class Shuffled(ParticleReward):
         return reward[torch.randperm(len(z))], distance
 
 
-def maze(seed):
-    return NineRooms(num_envs=8, seed=seed, frame_stack=1, limit=40, size=44)
+ABLATIONS = {
+    "random neighbour": (replace(CONFIG, reward=replace(CONFIG.reward, neighbours="random")), ParticleReward),
+    "fixed encoder": (replace(CONFIG, encoder_learns="never"), ParticleReward),
+    "shuffled": (CONFIG, Shuffled),
+}
 
 
-def cells_of_random_play(seed):
-    env, rng, taken = maze(seed), np.random.default_rng(seed), 0
+def maze(seed, room, limit):
+    return NineRooms(num_envs=8, seed=seed, frame_stack=1, room=room, limit=limit, size=44)
+
+
+def cells_of_random_play(seed, room, limit, steps):
+    env, rng, taken = maze(seed, room, limit), np.random.default_rng(seed), 0
     step = env.reset()
-    while taken < STEPS:
+    while taken < steps:
         taken += int((~step.is_last).sum())
         step = env.step(rng.integers(0, env.num_actions, env.num_envs))
     return env.visited.sum()
 
 
-def cells_of_apt(seed, config, reward):
+def cells_of_apt(seed, config, reward, room, limit, steps):
     torch.set_num_threads(1)
     torch.manual_seed(seed)
-    env = maze(seed)
+    env = maze(seed, room, limit)
     method = APT(config, env.observation_shape, env.num_actions, seed=seed, frame_stack=1)
     method.reward = reward(config.reward, method.device, method.agent.generator)
-    train(method, env, STEPS)
+    train(method, env, steps)
     return env.visited.sum()
 
 
-def cells_of(config, seeds, reward=ParticleReward):
-    """Cells that APT of this config sees, a run for each seed, two at a time."""
+def beside_random_play(world, config=CONFIG, reward=ParticleReward):
+    """Cells that APT sees, the mean of four seeds, run two at a time, over those that random play sees in as many steps."""
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
-        cells = list(pool.map(functools.partial(cells_of_apt, config=config, reward=reward), seeds))
-    print(f"{cells} cells, random play {threshold() / 2:.0f}")
-    return np.mean(cells)
-
-
-@functools.cache
-def threshold():
-    return 2 * np.mean([cells_of_random_play(seed) for seed in range(12)])
+        cells = list(pool.map(functools.partial(cells_of_apt, config=config, reward=reward, **world), range(4)))
+    random_play = np.mean([cells_of_random_play(seed, **world) for seed in range(12)])
+    print(f"{cells} cells, random play {random_play:.0f}")
+    return np.mean(cells) / random_play
 
 
 def test_apt_sees_twice_as_much_of_a_maze_as_random_play():
-    assert cells_of(CONFIG, range(4)) >= threshold()
+    assert beside_random_play(WIDE) >= 2
 
 
-def test_with_its_rewards_shuffled_it_does_not():
-    assert cells_of(CONFIG, (0, 1), Shuffled) < 0.9 * threshold()  # they see 92 and 94, APT 119 and 133
+def test_with_its_rewards_shuffled_it_sees_no_more_than_random_play():
+    assert beside_random_play(NARROW, SLOW_Q) > 1.4
+    assert beside_random_play(NARROW, SLOW_Q, Shuffled) < 1.1
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ablation", ABLATIONS.values(), ids=ABLATIONS)
-def test_the_papers_ablations_see_less(ablation):
+@pytest.mark.parametrize(("config", "reward"), ABLATIONS.values(), ids=ABLATIONS)
+def test_the_papers_ablations_see_less(config, reward):
     # a random neighbour 112, 62, 161 and 125, a fixed encoder 88, 123, 93 and 90: less on average, not in every seed
-    assert cells_of(ablation, range(4)) < cells_of(CONFIG, range(4))
+    assert beside_random_play(WIDE, config, reward) < beside_random_play(WIDE)
